@@ -1,0 +1,72 @@
+# make demo     set everything up, then train a network twice: stock PyTorch and fastremedy
+# make test     set everything up, then run the tests
+# make bench    measure into benchmarks/results/, then print the numbers into README.md
+# make lint     ruff, mypy, clang-format
+# make wheel    dist/*.whl
+#
+# ARGS='--epochs 20'               arguments for the demo, pytest or the benchmarks
+# TORCH=torch==2.11.0              another torch than the CPU build below
+# SYSTEM=1 PYTHON=/path/to/python  the torch of that Python; nothing is installed over it
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1,triton)
+JOBS ?= 2
+
+# Over an environment that is not ours lies a layer of our own.
+VENV := $(if $(SYSTEM),build/system$(subst /,-,$(PYTHON)),.venv)
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready-$(if $(SYSTEM),system,$(subst =,,$(TORCH)))
+BUILT := $(VENV)/.built
+SOURCES := $(wildcard csrc/core/* csrc/cpu/* csrc/cuda/* csrc/host/* csrc/ops/*)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench lint wheel build clean
+
+demo: build
+	$(PY) -m fastremedy demo $(ARGS)
+
+test: build
+	$(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
+
+bench: build
+	$(PY) -m pytest benchmarks --benchmark-json=$$($(PY) benchmarks/table.py --path) $(ARGS)
+	$(PY) benchmarks/table.py
+
+lint: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
+	  xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+wheel: $(READY)
+	rm -rf build/lib*
+	$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+build: $(BUILT)
+
+clean:
+	rm -rf build dist *.egg-info fastremedy/*.so .venv/.built
+
+# In place, so that a changed source recompiles alone.
+$(BUILT): $(READY) setup.py $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+ifdef SYSTEM
+$(READY): pyproject.toml
+	$(PYTHON) -m venv --without-pip --system-site-packages $(VENV)
+	$(PYTHON) -c "import site; print(*map('import site; site.addsitedir({!r})'.format, \
+	  site.getsitepackages()), sep='\n')" > $$(echo $(VENV)/lib/python*/site-packages)/system.pth
+	FASTREMEDY_BUILD=none $(PYTHON) -m pip --python $(PY) install --quiet \
+	  --no-deps --no-build-isolation --no-index -e .
+	touch $@
+else
+$(READY): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.ready-*
+	$(PY) -m pip install --quiet '$(TORCH)' '$(TRITON)' 'setuptools>=77' pybind11 ninja
+	FASTREMEDY_BUILD=none $(PY) -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+endif

@@ -1,0 +1,203 @@
+// AdamW on the CPU: one pass over parameter, gradient and moments, block by block through L1.
+#include "../core/adamw.h"
+
+#include <algorithm>
+
+#include "../core/param_storage.h"
+#include "blocks.h"
+#include "launch.h"
+#include "parallel.h"
+
+namespace fastremedy::cpu {
+namespace {
+
+template <bool kAmsgrad, class T>
+FASTREMEDY_CLONES void update_block(const AdamWCoefficients<T>& coefficients,
+                                    const T* __restrict grad, T* __restrict param,
+                                    T* __restrict exp_avg, T* __restrict exp_avg_sq,
+                                    T* __restrict max_exp_avg_sq, int64_t n) {
+  const AdamWCoefficients<T> c = coefficients;
+  for (int64_t i = 0; i < n; ++i) {
+    T p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
+    T v_max = kAmsgrad ? max_exp_avg_sq[i] : T(0);
+    fastremedy::adamw_update<kAmsgrad>(c, grad[i], p, m, v, v_max);
+    param[i] = p;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if (kAmsgrad) max_exp_avg_sq[i] = v_max;
+  }
+}
+
+template <class Format>
+FASTREMEDY_CLONES void store_stochastic(const float* __restrict values,
+                                        uint16_t* __restrict params, int64_t n, NoiseKey key,
+                                        int64_t begin) {
+  for (int64_t i = 0; i < n; ++i) {
+    params[i] = Format::round_stochastic(values[i], noise_bits(key, begin + i));
+  }
+}
+
+template <class Format>
+FASTREMEDY_CLONES void load_kahan_block(const uint16_t* __restrict params,
+                                        const uint16_t* __restrict residuals,
+                                        float* __restrict values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] = load_kahan<Format>(params[i], residuals[i]);
+}
+
+template <class Format>
+FASTREMEDY_CLONES void store_kahan_block(const float* __restrict values,
+                                         uint16_t* __restrict params,
+                                         uint16_t* __restrict residuals, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store_kahan<Format>(values[i], params[i], residuals[i]);
+}
+
+template <class Format>
+FASTREMEDY_CLONES void load_master_block(const uint16_t* __restrict params,
+                                         float* __restrict masters, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) masters[i] = load_master<Format>(params[i], masters[i]);
+}
+
+// The parameter as the formula sees it: its own memory, a converted copy, or the master.
+template <class T>
+class ParamBlock {
+ public:
+  ParamBlock(const AdamWTensor& tensor, Rounding rounding, NoiseKey key)
+      : tensor_(tensor), key_(key), rounding_(is_half(tensor) ? rounding : Rounding::kNearest) {}
+
+  T* load(int64_t begin, int64_t n) {
+    begin_ = begin;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (rounding_ == Rounding::kKahan || rounding_ == Rounding::kMaster) {
+        return is_bfloat16() ? load_with_residual<BFloat16>(n) : load_with_residual<Float16>(n);
+      }
+    }
+    return values_ = block_.load(tensor_.param, tensor_.param_dtype, begin, n);
+  }
+
+  void store(int64_t n) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (rounding_ != Rounding::kNearest) {
+        return is_bfloat16() ? store_rounded<BFloat16>(n) : store_rounded<Float16>(n);
+      }
+    }
+    block_.store(n);
+  }
+
+ private:
+  static bool is_half(const AdamWTensor& tensor) {
+    return tensor.param_dtype == DType::kBFloat16 || tensor.param_dtype == DType::kFloat16;
+  }
+  bool is_bfloat16() const { return tensor_.param_dtype == DType::kBFloat16; }
+  uint16_t* params() const { return static_cast<uint16_t*>(tensor_.param) + begin_; }
+  uint16_t* compensations() const { return static_cast<uint16_t*>(tensor_.residual) + begin_; }
+  float* masters() const { return static_cast<float*>(tensor_.residual) + begin_; }
+
+  template <class Format>
+  float* load_with_residual(int64_t n) {
+    if (rounding_ == Rounding::kMaster) {
+      load_master_block<Format>(params(), masters(), n);
+      return masters();
+    }
+    load_kahan_block<Format>(params(), compensations(), copy_, n);
+    return copy_;
+  }
+
+  template <class Format>
+  void store_rounded(int64_t n) {
+    if (rounding_ == Rounding::kMaster) {
+      store_half<Format>(masters(), params(), n);
+    } else if (rounding_ == Rounding::kKahan) {
+      store_kahan_block<Format>(copy_, params(), compensations(), n);
+    } else {
+      store_stochastic<Format>(values_, params(), n, key_, begin_);
+    }
+  }
+
+  const AdamWTensor& tensor_;
+  const NoiseKey key_;
+  const Rounding rounding_;
+  int64_t begin_ = 0;
+  T* values_ = nullptr;
+  Block<T> block_;
+  alignas(64) T copy_[kBlockSize];
+};
+
+template <class T>
+void update_chunk(const AdamWArgs& args, const AdamWTensor& tensor, const GradTensor& grad,
+                  const AdamWCoefficients<T>& coefficients, int64_t begin, int64_t end) {
+  const auto step = static_cast<uint32_t>(*tensor.step);
+  ParamBlock<T> param(tensor, args.rounding, noise_key(args.seed, tensor.noise_stream, step));
+  Block<T> grad_block, exp_avg, exp_avg_sq, max_exp_avg_sq;
+  const DType state_dtype = tensor.state_dtype;
+  for (int64_t i = begin; i < end; i += kBlockSize) {
+    const int64_t n = std::min(kBlockSize, end - i);
+    const T* g = grad_block.load(grad.data, grad.dtype, i, n);
+    T* p = param.load(i, n);
+    T* m = exp_avg.load(tensor.exp_avg, state_dtype, i, n);
+    T* v = exp_avg_sq.load(tensor.exp_avg_sq, state_dtype, i, n);
+    if (tensor.max_exp_avg_sq != nullptr) {
+      T* v_max = max_exp_avg_sq.load(tensor.max_exp_avg_sq, state_dtype, i, n);
+      update_block<true>(coefficients, g, p, m, v, v_max, n);
+      max_exp_avg_sq.store(n);
+    } else {
+      update_block<false, T>(coefficients, g, p, m, v, nullptr, n);
+    }
+    param.store(n);
+    exp_avg.store(n);
+    exp_avg_sq.store(n);
+  }
+}
+
+}  // namespace
+
+void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
+  grad_norm(args.norm, ranges);
+  if (args.norm.result->skip) {
+    ++*args.num_skipped;
+    return;
+  }
+  // Most parameters share group and step: their correction is computed once.
+  int32_t known_group = -1;
+  float known_step = 0;
+  AdamWCorrection known{};
+  for (int32_t i = 0; i < args.num_tensors; ++i) {
+    if (args.norm.grads[i].data == nullptr) continue;
+    const AdamWTensor& tensor = args.tensors[i];
+    const float step = *tensor.step + 1;
+    *tensor.step = step;
+    if (tensor.group != known_group || step != known_step) {
+      known = adamw_correction(args.hypers[tensor.group], step);
+      known_group = tensor.group;
+      known_step = step;
+    }
+    args.corrections[i] = known;
+  }
+}
+
+void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
+  if (args.norm.result->skip) return;
+  const double grad_factor = args.norm.result->grad_factor;
+  const auto visit = [&](int32_t first, int32_t last) {
+    for (int32_t i = first; i < last; ++i) {
+      const Chunk chunk = args.norm.chunks[i];
+      const GradTensor& grad = args.norm.grads[chunk.tensor];
+      if (grad.data == nullptr) continue;
+      const AdamWTensor& tensor = args.tensors[chunk.tensor];
+      const AdamWHyper& hyper = args.hypers[tensor.group];
+      const AdamWCorrection& correction = args.corrections[chunk.tensor];
+      const int64_t begin = chunk.index * kChunkSize;
+      const int64_t end = std::min(begin + kChunkSize, tensor.numel);
+      if (tensor.param_dtype == DType::kFloat64) {
+        const auto c = adamw_coefficients<double>(hyper, correction, grad_factor);
+        update_chunk(args, tensor, grad, c, begin, end);
+      } else {
+        const auto c = adamw_coefficients<float>(hyper, correction, grad_factor);
+        update_chunk(args, tensor, grad, c, begin, end);
+      }
+    }
+  };
+  // Backwards: the gradients that the norm read last are still in the cache.
+  parallel_over(ranges.data(), static_cast<int64_t>(ranges.size()) - 1, true, visit);
+}
+
+}  // namespace fastremedy::cpu

@@ -1,0 +1,60 @@
+// Memory movement: a block of a tensor as an array of the type the formula computes in.
+#pragma once
+
+#include "../core/multi_tensor.h"
+#include "../core/param_storage.h"
+#include "simd.h"
+
+namespace fastremedy::cpu {
+
+// 4 KiB of float: the blocks of all operands stay in L1 between conversion and formula.
+inline constexpr int64_t kBlockSize = 1024;
+
+// Format: BFloat16 or Float16 of core/param_storage.h.
+template <class Format>
+void load_half(const uint16_t* stored, float* values, int64_t n);
+template <class Format>
+void store_half(const float* values, uint16_t* stored, int64_t n);
+
+inline void* element_at(void* data, DType dtype, int64_t i) {
+  return static_cast<char*>(data) + i * element_size(dtype);
+}
+
+// The tensor's own memory where it already has the type T, otherwise a converted copy.
+template <class T>
+class Block {
+ public:
+  T* load(void* data, DType dtype, int64_t begin, int64_t n) {
+    address_ = element_at(data, dtype, begin);
+    dtype_ = dtype;
+    if (dtype == DType::kBFloat16 || dtype == DType::kFloat16) {
+      convert(n);
+      return copy_;
+    }
+    return static_cast<T*>(address_);
+  }
+
+  // Writes a converted copy back; the tensor's own memory needs nothing.
+  void store(int64_t n) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      auto* stored = static_cast<uint16_t*>(address_);
+      if (dtype_ == DType::kBFloat16) store_half<BFloat16>(copy_, stored, n);
+      if (dtype_ == DType::kFloat16) store_half<Float16>(copy_, stored, n);
+    }
+  }
+
+ private:
+  void convert(int64_t n) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const auto* stored = static_cast<const uint16_t*>(address_);
+      if (dtype_ == DType::kBFloat16) load_half<BFloat16>(stored, copy_, n);
+      if (dtype_ == DType::kFloat16) load_half<Float16>(stored, copy_, n);
+    }
+  }
+
+  void* address_ = nullptr;
+  DType dtype_ = DType::kFloat32;
+  alignas(64) T copy_[kBlockSize];
+};
+
+}  // namespace fastremedy::cpu

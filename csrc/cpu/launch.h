@@ -1,0 +1,21 @@
+// The CPU kernels. Arguments are those of the CUDA launches; `ranges` adds how chunks share out.
+#pragma once
+
+#include <vector>
+
+#include "../core/arguments.h"
+
+namespace fastremedy::cpu {
+
+// 64 KiB of float32 each of parameter, gradient and moments: together a share of L2.
+inline constexpr int64_t kChunkSize = 16384;
+
+// Consecutive chunks that make a fair piece of work for a thread: range i is [begins[i], begins[i+1]).
+std::vector<int32_t> make_ranges(const std::vector<Chunk>& chunks, const GradTensor* tensors);
+
+void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges);
+void scale_grads(const GradNormArgs& args, const std::vector<int32_t>& ranges);
+void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges);
+void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges);
+
+}  // namespace fastremedy::cpu

@@ -1,0 +1,40 @@
+// The threads of torch's own pool, without a torch header: torch.set_num_threads holds here too.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace fastremedy::cpu {
+
+int num_threads();
+
+// Runs body(context) on every thread of the pool, the calling one included.
+void run_on_all_threads(void (*body)(void* context), void* context);
+
+// Calls visit(begin, end) until all ranges are done. Threads take the next range as they get free, so
+// a slow core or an uneven range delays nobody.
+template <class Visit>
+void parallel_over(const int32_t* range_begins, int64_t num_ranges, bool backwards,
+                   const Visit& visit) {
+  struct Shared {
+    const int32_t* range_begins;
+    int64_t num_ranges;
+    bool backwards;
+    const Visit* visit;
+    std::atomic<int64_t> next;
+  } shared{range_begins, num_ranges, backwards, &visit, {0}};
+  const auto body = [](void* context) {
+    auto& s = *static_cast<Shared*>(context);
+    for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.num_ranges;) {
+      const int64_t range = s.backwards ? s.num_ranges - 1 - i : i;
+      (*s.visit)(s.range_begins[range], s.range_begins[range + 1]);
+    }
+  };
+  if (num_ranges <= 1 || num_threads() == 1) {
+    body(&shared);
+  } else {
+    run_on_all_threads(body, &shared);
+  }
+}
+
+}  // namespace fastremedy::cpu

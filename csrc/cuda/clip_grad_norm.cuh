@@ -1,0 +1,220 @@
+// The kernel of the norm. Its last block finishes the result; for AdamW it does more.
+//
+// Each chunk gives one partial at a fixed place, and the last block adds the partials in a fixed
+// order: the result is bitwise the same for any number of blocks.
+#pragma once
+
+#include "../core/arguments.h"
+#include "multi_tensor.cuh"
+
+namespace fastremedy::cuda {
+
+#ifdef FASTREMEDY_EMULATION
+inline constexpr int kNormBlockSize = 64;
+#else
+inline constexpr int kNormBlockSize = 512;
+#endif
+
+template <class T>
+FASTREMEDY_DEVICE T magnitude(T value) {
+  return value < T(0) ? -value : value;
+}
+
+// What one thread has seen of a chunk: the sum of |x| or of x * x ...
+template <NormKind kKind, class Sum>
+struct Accumulator {
+  explicit FASTREMEDY_DEVICE Accumulator(double /*norm_type*/) {}
+
+  template <class T>
+  FASTREMEDY_DEVICE void add(int lane, T value) {
+    const Sum x = magnitude(value);
+    sums[lane] += kKind == NormKind::kL2 ? x * x : x;
+    is_nonzero |= value != T(0);
+  }
+  FASTREMEDY_DEVICE double total() const {
+    const Sum left = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const Sum right = (sums[4] + sums[5]) + (sums[6] + sums[7]);
+    return left + right;
+  }
+
+  Sum sums[8] = {};  // separate lanes hide the latency of the addition
+  bool is_nonzero = false;
+};
+
+// ... the largest |x|. As integers, the bits of magnitudes are in the order of their values, with
+// NaN on top ...
+template <class Sum>
+struct Accumulator<NormKind::kMax, Sum> {
+  using Bits = std::conditional_t<sizeof(Sum) == 8, uint64_t, uint32_t>;
+
+  explicit FASTREMEDY_DEVICE Accumulator(double /*norm_type*/) {}
+
+  FASTREMEDY_DEVICE void add(int /*lane*/, Sum value) {
+    const Bits bits = bit_cast<Bits>(value) & static_cast<Bits>(-1) >> 1;
+    max_bits = bits > max_bits ? bits : max_bits;
+  }
+  FASTREMEDY_DEVICE double total() const { return bit_cast<Sum>(max_bits); }
+
+  Bits max_bits = 0;
+};
+
+// ... or the sum of |x|^p, or the smallest |x|.
+template <class Sum>
+struct Accumulator<NormKind::kGeneral, Sum> {
+  explicit FASTREMEDY_DEVICE Accumulator(double norm_type)
+      : norm_type(norm_type), combined(norm_identity(NormKind::kGeneral, norm_type)) {}
+
+  FASTREMEDY_DEVICE void add(int /*lane*/, double value) {
+    const double term = norm_term(magnitude(value), norm_type);
+    combined = norm_combine(NormKind::kGeneral, norm_type, combined, term);
+  }
+  FASTREMEDY_DEVICE double total() const { return combined; }
+
+  const double norm_type;
+  double combined;
+};
+
+// T: what elements are converted to; unrolled loops have several loads under way.
+template <class T, int kUnroll, class Seen>
+FASTREMEDY_DEVICE void accumulate(const GradTensor& grad, Range range, Seen& seen) {
+  const auto accumulate_as = [&](auto dtype) {
+    for_each_vec<T, kUnroll>(range, is_aligned(grad.data), [&](auto width, int64_t i) {
+      constexpr int kWidth = decltype(width)::value;
+      T values[kWidth];
+      unpack(load<T, kWidth, Reuse::kByNextKernel>(grad.data, dtype, i), dtype, values);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) seen.add(k, values[k]);
+    });
+  };
+  if constexpr (sizeof(T) == sizeof(double)) {
+    accumulate_as(std::integral_constant<DType, DType::kFloat64>());
+  } else if (grad.dtype == DType::kFloat32) {
+    accumulate_as(std::integral_constant<DType, DType::kFloat32>());
+  } else if (grad.dtype == DType::kBFloat16) {
+    accumulate_as(std::integral_constant<DType, DType::kBFloat16>());
+  } else {
+    accumulate_as(std::integral_constant<DType, DType::kFloat16>());
+  }
+}
+
+// The partial of a chunk, in all threads of the block.
+template <NormKind kKind>
+FASTREMEDY_DEVICE double chunk_partial(const GradTensor& grad, Range range, double norm_type) {
+  const auto reduce = [&](double value) {
+    return block_reduce<kNormBlockSize>(
+        value, norm_identity(kKind, norm_type),
+        [&](double a, double b) { return norm_combine(kKind, norm_type, a, b); });
+  };
+  if (grad.dtype == DType::kFloat64) {
+    Accumulator<kKind, double> seen(norm_type);
+    accumulate<double, 2>(grad, range, seen);
+    return reduce(seen.total());
+  }
+  constexpr bool kIsSum = kKind == NormKind::kL1 || kKind == NormKind::kL2;
+  if constexpr (kIsSum) {
+    // Squares of floats above 1e19 overflow and those below 1e-19 lose digits. A sum of 65536 that
+    // reaches 1e-30 has lost at most 65536 * 2^-150, which is 5e-11 of it.
+    constexpr double kSmallestExactSum = 1e-30;
+    Accumulator<kKind, float> seen(norm_type);
+    accumulate<float, 4>(grad, range, seen);
+    const double total = reduce(seen.total());
+    if (is_finite(total) && total >= kSmallestExactSum) return total;
+    if (!__syncthreads_or(seen.is_nonzero)) return 0;
+  }
+  using Sum = std::conditional_t<kKind == NormKind::kMax, float, double>;
+  Accumulator<kKind, Sum> seen(norm_type);
+  accumulate<float, kKind == NormKind::kMax ? 4 : 1>(grad, range, seen);
+  return reduce(seen.total());
+}
+
+// True in the block that is done last; it sees what all others wrote. The counter returns to 0.
+FASTREMEDY_DEVICE bool is_last_block(uint32_t* counter) {
+  FASTREMEDY_SHARED(bool, is_last);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
+template <NormKind kKind>
+FASTREMEDY_DEVICE double norm_of_partials(const GradNormArgs& args) {
+  const double norm_type = args.options.norm_type;
+  const double identity = norm_identity(kKind, norm_type);
+  const auto combine = [&](double a, double b) { return norm_combine(kKind, norm_type, a, b); };
+  double total = identity;
+  for (int32_t c = threadIdx.x; c < args.num_chunks; c += kNormBlockSize) {
+    total = combine(total, args.partials[c]);
+  }
+  total = block_reduce<kNormBlockSize>(total, identity, combine);
+  if (kKind == NormKind::kGeneral && total == identity) {
+    // The norm of nothing is 0, also where that of zeros or infinities is not.
+    bool has_elements = false;
+    for (int32_t c = threadIdx.x; c < args.num_chunks; c += kNormBlockSize) {
+      has_elements |= args.grads[args.chunks[c].tensor].data != nullptr;
+    }
+    if (!__syncthreads_or(has_elements)) return 0;
+  }
+  return norm_finish(kKind, norm_type, total);
+}
+
+FASTREMEDY_DEVICE void write_result(const GradNormArgs& args, const ClipResult& result) {
+  *args.result = result;
+  if (args.kind == NormKind::kNone || args.total_norm == nullptr) return;
+  if (args.total_norm_dtype == DType::kFloat64) {
+    *static_cast<double*>(args.total_norm) = result.total_norm;
+  } else {
+    *static_cast<float*>(args.total_norm) = static_cast<float>(result.total_norm);
+  }
+}
+
+// finish(result) runs in all threads of the last block.
+template <NormKind kKind, class Finish>
+__global__ void __launch_bounds__(kNormBlockSize) norm_kernel(GradNormArgs args, Finish finish) {
+  double norm = 0;
+  if constexpr (kKind != NormKind::kNone) {
+    const double norm_type = args.options.norm_type;
+    for (int32_t c = blockIdx.x; c < args.num_chunks; c += gridDim.x) {
+      const Chunk chunk = args.chunks[c];
+      const GradTensor grad = args.grads[chunk.tensor];
+      const double partial =
+          grad.data != nullptr
+              ? chunk_partial<kKind>(grad, range_of(chunk, grad.numel), norm_type)
+              : norm_identity(kKind, norm_type);
+      if (threadIdx.x == 0) args.partials[c] = partial;
+    }
+    if (!is_last_block(args.counter)) return;
+    norm = norm_of_partials<kKind>(args);
+  }
+  FASTREMEDY_SHARED(ClipResult, result);
+  if (threadIdx.x == 0) {
+    result = clip_result(args.options, norm);
+    write_result(args, result);
+  }
+  __syncthreads();
+  finish(result);
+}
+
+template <class Finish>
+int launch_norm(const GradNormArgs& args, const Finish& finish, void* stream) {
+  const auto launch = [&](auto kernel, int32_t num_chunks) {
+    return launch_over_chunks<kNormBlockSize>(kernel, num_chunks, stream, args, finish);
+  };
+  switch (args.kind) {
+    case NormKind::kNone:
+      return launch(norm_kernel<NormKind::kNone, Finish>, 1);
+    case NormKind::kL1:
+      return launch(norm_kernel<NormKind::kL1, Finish>, args.num_chunks);
+    case NormKind::kL2:
+      return launch(norm_kernel<NormKind::kL2, Finish>, args.num_chunks);
+    case NormKind::kMax:
+      return launch(norm_kernel<NormKind::kMax, Finish>, args.num_chunks);
+    case NormKind::kGeneral:
+      return launch(norm_kernel<NormKind::kGeneral, Finish>, args.num_chunks);
+  }
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+}  // namespace fastremedy::cuda

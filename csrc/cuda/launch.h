@@ -1,0 +1,44 @@
+// The border between host code and kernels: pointers and a stream in, a CUDA error code out.
+//
+// Pointers are device pointers unless named host_*. Launches return at once; nothing synchronises.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../core/arguments.h"
+
+namespace fastremedy::cuda {
+
+// 512 threads take 128 elements each: long enough to hide the latency of the first load, short enough
+// that a tensor of 1 M elements spreads over 16 blocks.
+inline constexpr int64_t kChunkSize = 65536;
+
+// Copies host bytes into device memory on the stream. Inside a graph capture the bytes travel as
+// kernel arguments, so that a replay never reads host memory that has changed since.
+int upload(void* destination, const void* host_source, size_t bytes, void* stream);
+
+// Computes the norm; the last block writes result and total_norm.
+int launch_grad_norm(const GradNormArgs& args, void* stream);
+
+// Multiplies the gradients by result->grad_factor, unless nothing needs clipping.
+int launch_scale_grads(const GradNormArgs& args, void* stream);
+
+// Computes the norm; the last block also advances the steps and writes the corrections.
+int launch_adamw_prepare(const AdamWArgs& args, void* stream);
+
+// Updates parameters and state, walking the chunks backwards: the gradients read last by the norm
+// are still in L2.
+int launch_adamw_update(const AdamWArgs& args, void* stream);
+
+bool is_capturing(void* stream);
+
+const char* error_string(int code);
+
+// Number of devices the driver shows, 0 without a driver.
+int device_count();
+
+int set_device(int device);
+int current_device();
+
+}  // namespace fastremedy::cuda

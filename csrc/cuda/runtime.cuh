@@ -1,0 +1,20 @@
+// CUDA, or its emulation on the CPU for a C++ compiler (FASTREMEDY_EMULATION).
+#pragma once
+
+#ifdef FASTREMEDY_EMULATION
+
+#include "../emulation/cuda_on_cpu.h"
+
+#else
+
+#include <cuda_runtime.h>
+
+// A variable of the block: FASTREMEDY_SHARED(Type, name);
+#define FASTREMEDY_SHARED(Type, name) __shared__ Type name
+
+#define FASTREMEDY_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+
+#endif
+
+#define FASTREMEDY_DEVICE __device__ __forceinline__

@@ -1,0 +1,140 @@
+// The part of CUDA that the kernels use, for a C++ compiler without CUDA: see grid.h for how it runs.
+//
+// Compile with -fno-strict-aliasing: kernels read memory through vectors of another type.
+#pragma once
+
+#include <cmath>
+
+#include "grid.h"
+
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // unroll
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#define threadIdx (::fastremedy::emulation::current_thread()->index)
+#define blockIdx (::fastremedy::emulation::current_thread()->block->index)
+#define blockDim (::fastremedy::emulation::current_thread()->block->size)
+#define gridDim (::fastremedy::emulation::current_thread()->block->grid)
+
+#define FASTREMEDY_SHARED(Type, name)                                                      \
+  static const size_t name##_offset = ::fastremedy::emulation::reserve_shared(sizeof(Type)); \
+  Type& name = *static_cast<Type*>(                                                        \
+      ::fastremedy::emulation::shared_memory(name##_offset, sizeof(Type)))
+
+#define FASTREMEDY_LAUNCH(kernel, grid, block, stream, ...)            \
+  static_cast<void>(stream), ::fastremedy::emulation::launch(          \
+                                 grid, block, [=] { kernel(__VA_ARGS__); })
+
+// Beside the kernels rather than in the global namespace: nothing here may stand in for the real
+// CUDA runtime of the same process.
+namespace fastremedy::cuda {
+
+using dim3 = emulation::Index;
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline void __syncthreads() { emulation::current_thread()->block->barrier.wait(); }
+
+inline int __syncthreads_or(int predicate) {
+  emulation::Thread& thread = *emulation::current_thread();
+  const auto& votes = thread.block->votes.gather(thread.place, thread.num_votes++, predicate != 0);
+  return std::any_of(votes.begin(), votes.end(), [](uint64_t vote) { return vote != 0; });
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a lane exchanges at most 8 bytes");
+  if (mask != 0xffffffffu) emulation::fail("shuffles must name all lanes of the warp");
+  emulation::Thread& thread = *emulation::current_thread();
+  const int lane = thread.place % emulation::kWarpSize;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  emulation::Exchange& warp = thread.block->warps[thread.place / emulation::kWarpSize];
+  bits = warp.gather(lane, thread.num_shuffles++, bits)[lane ^ lane_mask];
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// Only fences order memory between blocks: atomics are relaxed, as on the device, so that
+// ThreadSanitizer misses an absent fence no more than the hardware would.
+inline void __threadfence() {
+  static std::atomic<unsigned> fences{0};
+  fences.fetch_add(1, std::memory_order_acq_rel);
+}
+
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(address, &old, old >= limit ? 0 : old + 1, false,
+                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+
+struct Stream {
+  bool is_capturing;
+};
+using cudaStream_t = const Stream*;
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+// Small enough to be quick, large enough that several blocks share the work.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::kResidentBlocks / 2;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 2;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
+                                   cudaMemcpyKind, cudaStream_t stream) {
+  if (stream != nullptr && stream->is_capturing) return cudaErrorInvalidValue;
+  std::memcpy(destination, source, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const bool is_capturing = stream != nullptr && stream->is_capturing;
+  *status = is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+}  // namespace fastremedy::cuda

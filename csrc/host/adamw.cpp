@@ -1,0 +1,436 @@
+#include "adamw.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#ifndef FASTREMEDY_EMULATION
+#include "../cpu/launch.h"
+#endif
+
+namespace fastremedy::host {
+namespace {
+
+// In the order in which read_hypers expects them.
+constexpr const char* kHyperNames[] = {
+    "lr",      "betas",    "eps",
+    "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
+constexpr size_t kNumHypers = std::size(kHyperNames);
+
+struct Names {
+  PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* params = PyUnicode_InternFromString("params");
+  PyObject* hypers[kNumHypers];
+  Names() {
+    for (size_t i = 0; i < kNumHypers; ++i) hypers[i] = PyUnicode_InternFromString(kHyperNames[i]);
+  }
+};
+
+const Names& names() {
+  static const Names* const interned = new Names;
+  return *interned;
+}
+
+// A number, or a CPU tensor of one element; a CUDA tensor gives its pointer instead.
+double number_from(const py::object& value, const char* name, DLDevice device,
+                   const float** device_pointer) {
+  if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  DLTensor tensor;
+  if (PyLong_Check(value.ptr()) || !read_tensor(value.ptr(), &tensor)) {
+    return value.cast<double>();
+  }
+  DType dtype;
+  if (numel_of(tensor) != 1 || !dtype_of(tensor, &dtype)) {
+    throw py::value_error(std::string(name) + " must be a number or a 1-element float tensor");
+  }
+  if (tensor.device.device_type == kDLCPU && !(device_pointer && is_cuda(device) && !kHasCuda)) {
+    const void* data = data_of(tensor);
+    if (dtype == DType::kFloat32) return *static_cast<const float*>(data);
+    if (dtype == DType::kFloat64) return *static_cast<const double*>(data);
+  } else if (device_pointer != nullptr && same_device(tensor.device, device) &&
+             dtype == DType::kFloat32) {
+    *device_pointer = static_cast<const float*>(data_of(tensor));
+    return 0;
+  }
+  throw py::value_error(std::string(name) +
+                        " as a tensor must be float32 on the parameters' device, or on the CPU");
+}
+
+const float* scalar_pointer(const py::object& value, const char* name, DLDevice device) {
+  if (value.is_none()) return nullptr;
+  const DLTensor tensor = require_tensor(value, name);
+  DType dtype;
+  if (!same_device(tensor.device, device) || !dtype_of(tensor, &dtype) ||
+      dtype != DType::kFloat32 || numel_of(tensor) != 1) {
+    throw py::value_error(std::string(name) +
+                          " must be a float32 tensor of one element on the parameters' device");
+  }
+  return static_cast<const float*>(data_of(tensor));
+}
+
+void* data_or_null(const py::object& tensor, const char* name) {
+  return tensor.is_none() ? nullptr : data_of(require_tensor(tensor, name));
+}
+
+py::object item(const py::list& list, size_t i) {
+  return py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list.ptr(), i));
+}
+
+}  // namespace
+
+AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
+                       const py::list& param_groups, const py::dict& state, uintptr_t retained)
+    : retained_(reinterpret_cast<RetainedTensors*>(retained)) {
+  const size_t count = py::len(columns.owners);
+  for (size_t i = 0; i < count; ++i) {
+    const py::object param = item(columns.params, i);
+    const DLTensor view = require_tensor(param, "param");
+    const py::object exp_avg = item(columns.exp_avgs, i);
+    const DLTensor state_view = require_tensor(exp_avg, "exp_avg");
+    device_ = view.device;
+    AdamWTensor tensor{};
+    tensor.param = data_of(view);
+    tensor.numel = numel_of(view);
+    if (!dtype_of(view, &tensor.param_dtype) || !dtype_of(state_view, &tensor.state_dtype)) {
+      throw py::type_error("parameters and state must be float32, float64, float16 or bfloat16");
+    }
+    tensor.exp_avg = data_of(state_view);
+    tensor.exp_avg_sq = data_or_null(item(columns.exp_avg_sqs, i), "exp_avg_sq");
+    tensor.max_exp_avg_sq = data_or_null(item(columns.max_exp_avg_sqs, i), "max_exp_avg_sq");
+    tensor.residual = data_or_null(item(columns.residuals, i), "residual");
+    tensor.step = static_cast<float*>(data_or_null(item(columns.steps, i), "step"));
+    tensor.group = item(columns.groups, i).cast<int32_t>();
+    tensor.noise_stream = item(columns.streams, i).cast<uint32_t>();
+    tensors_.push_back(tensor);
+    rows_.push_back({item(columns.owners, i), Layout(view), item(columns.indirect, i).cast<bool>(),
+                     item(columns.positions, i).cast<int32_t>()});
+    for (const py::list* column : {&columns.params, &columns.exp_avgs, &columns.exp_avg_sqs,
+                                   &columns.max_exp_avg_sqs, &columns.residuals, &columns.steps}) {
+      keepalive_.push_back(item(*column, i));
+    }
+  }
+  for (const py::handle param : stateless) {
+    stateless_.push_back(py::reinterpret_borrow<py::object>(param));
+  }
+  for (const py::handle handle : param_groups) {
+    const py::list params = handle[names().params];
+    groups_.push_back({params, params.size(), std::vector<py::object>(kNumHypers)});
+  }
+  hypers_.resize(groups_.size());
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    read_hypers(item(param_groups, g), &groups_[g], &hypers_[g]);
+  }
+  for (const auto& [key, values] : state) {
+    StateEntry entry{py::reinterpret_borrow<py::object>(key),
+                     py::reinterpret_borrow<py::object>(values), {}};
+    for (const auto& [name, tensor] : py::cast<py::dict>(values)) {
+      entry.tensors.push_back(py::reinterpret_borrow<py::object>(tensor));
+    }
+    state_.push_back(std::move(entry));
+  }
+
+#ifdef FASTREMEDY_EMULATION
+  const int64_t chunk_size = cuda::kChunkSize;
+#else
+  const int64_t chunk_size = is_cuda(device_) ? cuda::kChunkSize : cpu::kChunkSize;
+#endif
+  grads_.resize(count);
+  grad_owners_.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    grads_[i].numel = tensors_[i].numel;
+    for (int64_t c = 0; c < num_chunks(tensors_[i].numel, chunk_size); ++c) {
+      chunks_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(c)});
+    }
+  }
+#ifndef FASTREMEDY_EMULATION
+  if (!is_cuda(device_)) {
+    ranges_ = cpu::make_ranges(chunks_, grads_.data());
+    partials_.resize(chunks_.size());
+    corrections_.resize(count);
+  }
+#endif
+}
+
+AdamWTable::~AdamWTable() {
+#ifndef FASTREMEDY_EMULATION
+  if (retained_ != nullptr) release(retained_);
+#endif
+}
+
+bool AdamWTable::groups_match(const py::list& param_groups) {
+  if (param_groups.size() != groups_.size()) return false;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
+    if (PyDict_GetItemWithError(group, names().params) != groups_[g].params.ptr()) return false;
+    if (static_cast<size_t>(PyList_GET_SIZE(groups_[g].params.ptr())) != groups_[g].size) {
+      return false;
+    }
+    if (!read_hypers(py::reinterpret_borrow<py::dict>(group), &groups_[g], &hypers_[g])) {
+      return false;
+    }
+  }
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    PyObject* params = groups_[tensors_[i].group].params.ptr();
+    if (PyList_GET_ITEM(params, rows_[i].position) != rows_[i].owner.ptr()) return false;
+  }
+  return true;
+}
+
+// False if the change concerns the table itself (amsgrad needs another state tensor).
+bool AdamWTable::read_hypers(const py::dict& group, Group* known, AdamWHyper* hyper) {
+  bool is_unchanged = true;
+  for (size_t i = 0; i < kNumHypers; ++i) {
+    PyObject* value = PyDict_GetItemWithError(group.ptr(), names().hypers[i]);
+    if (value == nullptr) {
+      throw py::key_error(std::string("param_groups: key '") + kHyperNames[i] + "' is missing");
+    }
+    if (known->values[i].ptr() == value) {
+      // Floats, bools and tuples of floats do not change; a tensor may.
+      if (i > 1 || PyFloat_CheckExact(value)) continue;
+      if (i == 1 && PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2 &&
+          PyFloat_CheckExact(PyTuple_GET_ITEM(value, 0)) &&
+          PyFloat_CheckExact(PyTuple_GET_ITEM(value, 1))) {
+        continue;
+      }
+    }
+    is_unchanged = false;
+    known->values[i] = py::reinterpret_borrow<py::object>(value);
+  }
+  if (is_unchanged) return true;
+
+  const bool was_amsgrad = hyper->amsgrad != 0;
+  hyper->lr_tensor = nullptr;
+  hyper->lr = number_from(known->values[0], "lr", device_, &hyper->lr_tensor);
+  const py::sequence betas = known->values[1];
+  hyper->beta1 = number_from(betas[0], "betas[0]", device_, nullptr);
+  hyper->beta2 = number_from(betas[1], "betas[1]", device_, nullptr);
+  hyper->eps = number_from(known->values[2], "eps", device_, nullptr);
+  hyper->weight_decay = number_from(known->values[3], "weight_decay", device_, nullptr);
+  hyper->amsgrad = PyObject_IsTrue(known->values[4].ptr());
+  hyper->maximize = PyObject_IsTrue(known->values[5].ptr());
+  hyper->decoupled_weight_decay = PyObject_IsTrue(known->values[6].ptr());
+  return was_amsgrad == (hyper->amsgrad != 0);
+}
+
+bool AdamWTable::state_matches(const py::dict& state) const {
+  if (static_cast<size_t>(PyDict_Size(state.ptr())) != state_.size()) return false;
+  PyObject *key, *values, *name, *tensor;
+  Py_ssize_t position = 0;
+  for (const StateEntry& entry : state_) {
+    if (!PyDict_Next(state.ptr(), &position, &key, &values)) return false;
+    if (key != entry.key.ptr() || values != entry.values.ptr()) return false;
+    if (static_cast<size_t>(PyDict_Size(values)) != entry.tensors.size()) return false;
+    Py_ssize_t inner = 0;
+    for (const py::object& expected : entry.tensors) {
+      if (!PyDict_Next(values, &inner, &name, &tensor) || tensor != expected.ptr()) return false;
+    }
+  }
+  return true;
+}
+
+// False if the kernels cannot take the gradient as it is.
+bool AdamWTable::read_grad(PyObject* grad, size_t row) {
+  DLTensor view;
+  DType dtype;
+  if (!read_tensor(grad, &view) || !dtype_of(view, &dtype)) return false;
+  const bool is_double = tensors_[row].param_dtype == DType::kFloat64;
+  if (!same_device(view.device, device_) || is_double != (dtype == DType::kFloat64) ||
+      !rows_[row].layout.matches(view)) {
+    return false;
+  }
+  // Null means that there is no gradient; an empty one has to have some other address.
+  grads_[row].data = grads_[row].numel == 0 ? tensors_[row].step : data_of(view);
+  grads_[row].dtype = dtype;
+  ++num_grads_;
+  has_float64_grad_ |= is_double;
+  return true;
+}
+
+std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_groups,
+                                                       const py::dict& state) {
+  if (!groups_match(param_groups) || !state_matches(state)) return std::nullopt;
+#ifndef FASTREMEDY_EMULATION
+  if (retained_ != nullptr && !is_in_place(retained_)) return std::nullopt;
+#endif
+  for (const py::object& param : stateless_) {
+    if (!py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), names().grad)).is_none()) {
+      return std::nullopt;
+    }
+  }
+  num_grads_ = 0;
+  has_float64_grad_ = false;
+  std::vector<int64_t> unread;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    PyObject* grad = PyObject_GetAttr(rows_[i].owner.ptr(), names().grad);
+    if (grad == nullptr) throw py::error_already_set();
+    grads_[i].data = nullptr;
+    grad_owners_[i] = py::reinterpret_steal<py::object>(grad);
+    if (grad == Py_None) continue;
+    if (rows_[i].is_indirect || !read_grad(grad, i)) unread.push_back(static_cast<int64_t>(i));
+  }
+  return unread;
+}
+
+void AdamWTable::set_grad(int64_t row, py::object grad) {
+  if (!read_grad(grad.ptr(), row)) {
+    throw py::value_error("gradient of row " + std::to_string(row) +
+                          " must have the parameter's device, dtype, shape and strides");
+  }
+  grad_owners_[row] = std::move(grad);
+}
+
+AdamWArgs AdamWTable::arguments(const Step& step) {
+  AdamWArgs args{};
+  args.norm.kind = step.needs_norm ? norm_kind(step.norm_type) : NormKind::kNone;
+  args.norm.num_chunks = static_cast<int32_t>(chunks_.size());
+  args.norm.options.max_norm = step.max_norm;
+  args.norm.options.norm_type = step.norm_type;
+  args.norm.options.skip_nonfinite = step.skip_nonfinite;
+  args.norm.options.grad_scale = scalar_pointer(step.grad_scale, "grad_scale", device_);
+  args.norm.options.found_inf = scalar_pointer(step.found_inf, "found_inf", device_);
+  args.norm.total_norm = reinterpret_cast<void*>(step.total_norm);
+  args.norm.total_norm_dtype = has_float64_grad_ ? DType::kFloat64 : DType::kFloat32;
+  args.num_tensors = static_cast<int32_t>(tensors_.size());
+  args.num_skipped = reinterpret_cast<int64_t*>(step.num_skipped);
+  args.rounding = static_cast<Rounding>(step.rounding);
+  args.seed = step.seed;
+  return args;
+}
+
+bool AdamWTable::step(const Step& step) {
+  const AdamWArgs args = arguments(step);
+  bool skipped = false;
+  if (is_cuda(device_)) {
+    step_on_cuda(args, step.workspace);
+  } else {
+    skipped = step_on_cpu(args);
+  }
+  for (py::object& grad : grad_owners_) grad = py::object();
+  return skipped;
+}
+
+bool AdamWTable::step_on_cpu(AdamWArgs args) {
+#ifdef FASTREMEDY_EMULATION
+  static_cast<void>(args);
+  throw std::runtime_error("the emulation has no CPU kernels");
+#else
+  const py::gil_scoped_release release;
+  ClipResult result;
+  args.norm.grads = grads_.data();
+  args.norm.chunks = chunks_.data();
+  args.norm.partials = partials_.data();
+  args.norm.result = &result;
+  args.tensors = tensors_.data();
+  args.hypers = hypers_.data();
+  args.corrections = corrections_.data();
+  cpu::adamw_prepare(args, ranges_);
+  cpu::adamw_update(args, ranges_);
+  return result.skip != 0;
+#endif
+}
+
+namespace {
+
+struct CudaLayout {
+  CudaLayout(size_t num_tensors, size_t num_chunks, size_t num_groups) {
+    result = workspace.reserve<ClipResult>(1);
+    counter = workspace.reserve<uint32_t>(1);
+    tensors = workspace.reserve<AdamWTensor>(num_tensors);
+    chunks = workspace.reserve<Chunk>(num_chunks);
+    grads = workspace.reserve<GradTensor>(num_tensors);
+    hypers = workspace.reserve<AdamWHyper>(num_groups);
+    uploaded = workspace.bytes() - grads;
+    partials = workspace.reserve<double>(num_chunks);
+    corrections = workspace.reserve<AdamWCorrection>(num_tensors);
+  }
+  Workspace workspace;
+  size_t result, counter, tensors, chunks, grads, hypers, uploaded, partials, corrections;
+};
+
+}  // namespace
+
+size_t AdamWTable::workspace_bytes() const {
+  if (!is_cuda(device_)) return 0;
+  return CudaLayout(tensors_.size(), chunks_.size(), hypers_.size()).workspace.bytes();
+}
+
+void AdamWTable::step_on_cuda(AdamWArgs args, uintptr_t base) {
+#if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
+  const CudaLayout layout(tensors_.size(), chunks_.size(), hypers_.size());
+  args.norm.grads = Workspace::at<GradTensor>(base, layout.grads);
+  args.norm.chunks = Workspace::at<Chunk>(base, layout.chunks);
+  args.norm.partials = Workspace::at<double>(base, layout.partials);
+  args.norm.counter = Workspace::at<uint32_t>(base, layout.counter);
+  args.norm.result = Workspace::at<ClipResult>(base, layout.result);
+  args.tensors = Workspace::at<AdamWTensor>(base, layout.tensors);
+  args.hypers = Workspace::at<AdamWHyper>(base, layout.hypers);
+  args.corrections = Workspace::at<AdamWCorrection>(base, layout.corrections);
+
+  void* stream = current_stream(device_);
+  const DeviceGuard guard(device_);
+  if (uploaded_to_ != base) {
+    check_cuda(cuda::upload(Workspace::at<char>(base, layout.tensors), tensors_.data(),
+                            tensors_.size() * sizeof(AdamWTensor), stream));
+    check_cuda(cuda::upload(Workspace::at<char>(base, layout.chunks), chunks_.data(),
+                            chunks_.size() * sizeof(Chunk), stream));
+    uploaded_to_ = base;
+    uploaded_.clear();
+  }
+  std::vector<char> current(layout.uploaded);
+  std::memcpy(current.data(), grads_.data(), grads_.size() * sizeof(GradTensor));
+  std::memcpy(current.data() + (layout.hypers - layout.grads), hypers_.data(),
+              hypers_.size() * sizeof(AdamWHyper));
+  // A graph restores what it was captured with: other steps may have changed it before a replay.
+  const bool is_capturing = cuda::is_capturing(stream);
+  if (current != uploaded_ || is_capturing) {
+    check_cuda(cuda::upload(Workspace::at<char>(base, layout.grads), current.data(),
+                            current.size(), stream));
+    uploaded_ = is_capturing ? std::vector<char>() : std::move(current);
+  }
+  check_cuda(cuda::launch_adamw_prepare(args, stream));
+  check_cuda(cuda::launch_adamw_update(args, stream));
+#else
+  static_cast<void>(args);
+  static_cast<void>(base);
+  throw std::runtime_error("fastremedy was built without CUDA kernels");
+#endif
+}
+
+void bind_adamw(py::module_& module) {
+  py::class_<AdamWTable>(module, "AdamWTable")
+      .def(py::init([](py::list owners, py::list params, py::list exp_avgs, py::list exp_avg_sqs,
+                       py::list max_exp_avg_sqs, py::list residuals, py::list steps,
+                       py::list groups, py::list positions, py::list streams, py::list indirect,
+                       const py::list& stateless, const py::list& param_groups,
+                       const py::dict& state, uintptr_t retained) {
+             return new AdamWTable({owners, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+                                    residuals, steps, groups, positions, streams, indirect},
+                                   stateless, param_groups, state, retained);
+           }),
+           py::kw_only(), py::arg("owners"), py::arg("params"), py::arg("exp_avgs"),
+           py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("residuals"),
+           py::arg("steps"), py::arg("groups"), py::arg("positions"), py::arg("streams"),
+           py::arg("indirect"), py::arg("stateless"), py::arg("param_groups"), py::arg("state"),
+           py::arg("retained"))
+      .def("gather", &AdamWTable::gather, py::arg("param_groups"), py::arg("state"))
+      .def("set_grad", &AdamWTable::set_grad, py::arg("row"), py::arg("grad"))
+      .def_property_readonly("num_grads", &AdamWTable::num_grads)
+      .def_property_readonly("has_float64_grad", &AdamWTable::has_float64_grad)
+      .def("workspace_bytes", &AdamWTable::workspace_bytes)
+      .def(
+          "step",
+          [](AdamWTable& table, double max_norm, double norm_type, bool needs_norm,
+             bool skip_nonfinite, py::object grad_scale, py::object found_inf, int32_t rounding,
+             uint64_t seed, uintptr_t total_norm, uintptr_t num_skipped, uintptr_t workspace) {
+            return table.step({max_norm, norm_type, needs_norm, skip_nonfinite, grad_scale,
+                               found_inf, rounding, seed, total_norm, num_skipped, workspace});
+          },
+          py::arg("max_norm"), py::arg("norm_type"), py::arg("needs_norm"),
+          py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"),
+          py::arg("rounding"), py::arg("seed"), py::arg("total_norm"), py::arg("num_skipped"),
+          py::arg("workspace"));
+}
+
+}  // namespace fastremedy::host

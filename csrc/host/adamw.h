@@ -1,0 +1,117 @@
+// The tensor table of an optimizer: what AdamW needs of all parameters of one device.
+//
+// Built once, it holds what does not change: pointers of parameters and state, sizes, chunks. A step
+// reads .grad of every parameter, checks that nothing else has changed, and launches.
+#pragma once
+
+#include <optional>
+
+#include "../core/arguments.h"
+#include "device.h"
+#include "retained_tensors.h"
+
+namespace fastremedy::host {
+
+// The lists that the table is built from; one entry per parameter with state.
+struct AdamWColumns {
+  py::list owners;          // parameters as the param groups hold them
+  py::list params;          // what the kernels update; the owner itself unless it is indirect
+  py::list exp_avgs;
+  py::list exp_avg_sqs;
+  py::list max_exp_avg_sqs;  // None without amsgrad
+  py::list residuals;        // None without
+  py::list steps;
+  py::list groups;           // index of the param group
+  py::list positions;        // index in the param group's list
+  py::list streams;          // keys the noise of stochastic rounding
+  py::list indirect;         // True: Python hands the gradient over (complex, gaps in memory)
+};
+
+class AdamWTable {
+ public:
+  // `stateless`: parameters without state; when one gets a gradient the table is out of date.
+  // `retained`: address of the RetainedTensors of columns.params, 0 where there are none.
+  AdamWTable(const AdamWColumns& columns, const py::list& stateless, const py::list& param_groups,
+             const py::dict& state, uintptr_t retained);
+  ~AdamWTable();
+  AdamWTable(const AdamWTable&) = delete;
+  AdamWTable& operator=(const AdamWTable&) = delete;
+
+  // Reads the gradients. None: the optimizer has changed, build a new table. Otherwise the rows whose
+  // gradient the caller has to hand over with set_grad.
+  std::optional<std::vector<int64_t>> gather(const py::list& param_groups, const py::dict& state);
+  void set_grad(int64_t row, py::object grad);
+
+  size_t num_grads() const { return num_grads_; }
+  bool has_float64_grad() const { return has_float64_grad_; }
+  size_t workspace_bytes() const;
+
+  struct Step {
+    double max_norm;
+    double norm_type;
+    bool needs_norm;
+    bool skip_nonfinite;
+    py::object grad_scale;
+    py::object found_inf;
+    int32_t rounding;
+    uint64_t seed;
+    uintptr_t total_norm;   // scalar on the device, 0 if not needed
+    uintptr_t num_skipped;  // int64 scalar on the device
+    uintptr_t workspace;    // zeros at first, then left alone
+  };
+
+  // Updates; releases the gradients. Returns whether a CPU step was skipped.
+  bool step(const Step& step);
+
+ private:
+  struct Row {
+    py::object owner;
+    Layout layout;
+    bool is_indirect;
+    int32_t position;
+  };
+  struct Group {
+    py::object params;
+    size_t size;
+    std::vector<py::object> values;  // the hyper-parameters as last read
+  };
+  struct StateEntry {
+    py::object key;
+    py::object values;
+    std::vector<py::object> tensors;
+  };
+
+  bool groups_match(const py::list& param_groups);
+  bool read_hypers(const py::dict& group, Group* known, AdamWHyper* hyper);
+  bool state_matches(const py::dict& state) const;
+  bool read_grad(PyObject* grad, size_t row);
+  AdamWArgs arguments(const Step& step);
+  bool step_on_cpu(AdamWArgs args);
+  void step_on_cuda(AdamWArgs args, uintptr_t workspace);
+
+  DLDevice device_{};
+  std::vector<Row> rows_;
+  std::vector<Group> groups_;
+  std::vector<StateEntry> state_;
+  std::vector<py::object> stateless_;
+  std::vector<py::object> keepalive_;
+  RetainedTensors* retained_;
+
+  std::vector<AdamWTensor> tensors_;
+  std::vector<Chunk> chunks_;
+  std::vector<int32_t> ranges_;
+  std::vector<AdamWHyper> hypers_;
+  std::vector<GradTensor> grads_;
+  std::vector<py::object> grad_owners_;
+  size_t num_grads_ = 0;
+  bool has_float64_grad_ = false;
+
+  std::vector<double> partials_;              // CPU
+  std::vector<AdamWCorrection> corrections_;  // CPU
+  uintptr_t uploaded_to_ = 0;                 // CUDA: workspace that holds tensors and chunks
+  std::vector<char> uploaded_;                // CUDA: gradients and hyper-parameters as uploaded
+};
+
+void bind_adamw(py::module_& module);
+
+}  // namespace fastremedy::host

@@ -1,0 +1,100 @@
+#include "dlpack.h"
+
+#include <algorithm>
+#include <string>
+
+namespace fastremedy::host {
+namespace {
+
+const DLPackExchangeAPI* find_exchange_api() {
+  const py::object tensor_type = py::module_::import("torch").attr("Tensor");
+  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  // Newer major versions come first in the chain; this code knows version 1.
+  while (api != nullptr && api->header.version.major != 1) {
+    api = reinterpret_cast<const DLPackExchangeAPI*>(api->header.prev_api);
+  }
+  if (api == nullptr) throw py::import_error("torch offers no DLPack exchange API of version 1");
+  return api;
+}
+
+const DLPackExchangeAPI& exchange_api() {
+  static const DLPackExchangeAPI* const api = find_exchange_api();
+  return *api;
+}
+
+}  // namespace
+
+bool read_tensor(PyObject* tensor, DLTensor* out) {
+  if (exchange_api().dltensor_from_py_object_no_sync(tensor, out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+DLTensor require_tensor(py::handle tensor, const char* name) {
+  DLTensor out;
+  if (read_tensor(tensor.ptr(), &out)) return out;
+  throw py::type_error(std::string(name) + " must be a strided tensor, got " +
+                       std::string(py::str(py::type::of(tensor))));
+}
+
+void* current_stream(DLDevice device) {
+  if (device.device_type != kDLCUDA) return nullptr;
+  void* stream = nullptr;
+  if (exchange_api().current_work_stream(device.device_type, device.device_id, &stream) != 0) {
+    throw py::error_already_set();
+  }
+  return stream;
+}
+
+int64_t numel_of(const DLTensor& tensor) {
+  int64_t numel = 1;
+  for (int32_t d = 0; d < tensor.ndim; ++d) numel *= tensor.shape[d];
+  return numel;
+}
+
+bool dtype_of(const DLTensor& tensor, DType* dtype) {
+  const DLDataType type = tensor.dtype;
+  if (type.lanes != 1) return false;
+  if (type.code == kDLFloat && type.bits == 32) {
+    *dtype = DType::kFloat32;
+  } else if (type.code == kDLFloat && type.bits == 64) {
+    *dtype = DType::kFloat64;
+  } else if (type.code == kDLFloat && type.bits == 16) {
+    *dtype = DType::kFloat16;
+  } else if (type.code == kDLBfloat && type.bits == 16) {
+    *dtype = DType::kBFloat16;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool is_dense(const DLTensor& tensor) {
+  int64_t expected = 1;
+  bool is_contiguous = true;
+  for (int32_t d = tensor.ndim - 1; d >= 0 && is_contiguous; --d) {
+    if (tensor.shape[d] == 0) return true;
+    if (tensor.shape[d] == 1) continue;
+    is_contiguous = tensor.strides[d] == expected;
+    expected *= tensor.shape[d];
+  }
+  if (is_contiguous) return true;
+
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int32_t d = 0; d < tensor.ndim; ++d) {
+    if (tensor.shape[d] == 0) return true;
+    if (tensor.shape[d] > 1) dims.emplace_back(tensor.strides[d], tensor.shape[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+}  // namespace fastremedy::host

@@ -1,0 +1,26 @@
+// The native library: tensor tables and launches. Operators of csrc/ops register themselves.
+#include <pybind11/pybind11.h>
+
+#include "adamw.h"
+#include "clip_grad_norm.h"
+#include "device.h"
+
+#ifdef FASTREMEDY_EMULATION
+#define FASTREMEDY_MODULE _emulation
+#else
+#define FASTREMEDY_MODULE _C
+#endif
+
+PYBIND11_MODULE(FASTREMEDY_MODULE, module) {
+  namespace host = fastremedy::host;
+  module.attr("has_cuda") = host::kHasCuda;
+  module.def("cuda_device_count", [] {
+#if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
+    return fastremedy::cuda::device_count();
+#else
+    return 0;
+#endif
+  });
+  host::bind_clip_grad_norm(module);
+  host::bind_adamw(module);
+}

@@ -1,0 +1,18 @@
+// torch's thread pool through the stable ABI.
+#include "stable_abi.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../cpu/parallel.h"
+
+namespace fastremedy::cpu {
+
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void run_on_all_threads(void (*body)(void* context), void* context) {
+  torch::stable::parallel_for(0, num_threads(), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) body(context);
+  });
+}
+
+}  // namespace fastremedy::cpu

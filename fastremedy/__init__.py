@@ -1,0 +1,15 @@
+"""Cures for the common ailments of neural-network training, faster than stock PyTorch."""
+
+from . import backends, ops, optim
+from ._version import __version__
+from .clip import clip_, clip_value_, grad_norm
+
+__all__ = [
+    "__version__",
+    "backends",
+    "clip_",
+    "clip_value_",
+    "grad_norm",
+    "ops",
+    "optim",
+]

@@ -1,0 +1,8 @@
+"""The operators as ``torch.ops.fastremedy.*``: visible to ``torch.compile`` and ``opcheck``.
+
+:func:`fastremedy.clip_` and the optimizers take shorter ways to the same kernels.
+"""
+
+from . import library
+
+__all__ = ["library"]

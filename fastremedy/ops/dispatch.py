@@ -1,0 +1,125 @@
+"""From a list of tensors to the kernels of a backend."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import _native, backends
+from . import clip_grad_norm as definition
+
+_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory without gaps or overlap, in any order."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def triton_kernels(stem: str) -> Any:
+    """Import the Triton kernels of an operator; triton itself is loaded here and not earlier."""
+    return importlib.import_module(f"fastremedy.triton_kernels.{stem}")
+
+
+def workspace(device: torch.device, num_bytes: int) -> Tensor | None:
+    """Return zero-initialised device memory that kernels of one stream share, None on the CPU."""
+    if num_bytes == 0:
+        return None
+    if device.type != "cuda":  # emulation
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    if torch.cuda.is_current_stream_capturing():
+        # Memory of the graph: a replay on another stream must not meet this stream's calls.
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    known = _workspaces.get(key)
+    if known is None or known.numel() < num_bytes:
+        known = _workspaces[key] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return known
+
+
+def clip_grad_norm_(
+    tensors: list[Tensor], max_norm: float, norm_type: float, *, from_grad: bool
+) -> Tensor:
+    """Clip ``tensors``, or their ``.grad``; an infinite ``max_norm`` only measures."""
+    first = _first_grad(tensors, from_grad)
+    if first is None:
+        return torch.tensor(0.0)
+    backend = backends.active("clip_grad_norm", first.device)
+    if backend in ("cpu", "cuda"):
+        native = _native.module_for(backend).GradList(tensors, from_grad)
+        if native.is_uniform:
+            return _clip_native(native, first, max_norm, norm_type)
+        grads = native.tensors
+    else:
+        grads = [grad for t in tensors if (grad := t.grad if from_grad else t) is not None]
+    if backend == "torch":
+        return definition.clip_grad_norm_(grads, max_norm, norm_type)
+    return _clip_mixed(grads, max_norm, norm_type)
+
+
+def _first_grad(tensors: Sequence[Tensor], from_grad: bool) -> Tensor | None:
+    if not from_grad:
+        return tensors[0] if tensors else None
+    return next((grad for t in tensors if (grad := t.grad) is not None), None)
+
+
+def _clip_native(native: Any, first: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    dtype = torch.float64 if native.has_float64 else torch.float32
+    norm = torch.empty((), dtype=dtype, device=first.device)
+    memory = workspace(first.device, native.workspace_bytes())
+    address = 0 if memory is None else memory.data_ptr()
+    if native.clip(max_norm, norm_type, norm.data_ptr(), address):
+        torch.autograd.graph.increment_version(native.tensors)
+    return norm
+
+
+def _clip_mixed(grads: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
+    """Clip gradients of several devices or with layouts that kernels do not take."""
+    if any(is_traceable_wrapper_subclass(grad) for grad in grads):
+        total = torch.nn.utils.get_total_norm(grads, norm_type)
+        if max_norm != math.inf:
+            definition.scale_(grads, definition.clip_coefficient(total.double(), max_norm))
+        return total
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(_readable(grad))
+    norms = [grad_norm_on(device, group, norm_type) for device, group in by_device.items()]
+    total = definition.total_norm([norm.reshape(1) for norm in norms], norm_type)
+    if norm_type == 0.0:
+        total = torch.stack([norm.double().to(total.device) for norm in norms]).sum()
+    if max_norm != math.inf:
+        definition.scale_(grads, definition.clip_coefficient(total, max_norm))
+    return total.to(definition.norm_dtype(grads))
+
+
+def _readable(grad: Tensor) -> Tensor:
+    """Return the gradient, or a dense real copy with the same norm."""
+    if grad.is_complex():
+        return grad.abs()
+    return grad if is_dense(grad) else grad.contiguous()
+
+
+def grad_norm_on(device: torch.device, grads: list[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of dense real gradients of one device."""
+    backend = backends.active("clip_grad_norm", device)
+    if backend == "torch":
+        return definition.grad_norm(grads, norm_type)
+    if backend == "triton":
+        norm: Tensor = triton_kernels("clip_grad_norm").grad_norm(grads, norm_type)
+        return norm
+    native = _native.module_for(backend).GradList(grads, False)
+    return _clip_native(native, grads[0], math.inf, norm_type)

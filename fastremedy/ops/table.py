@@ -1,0 +1,222 @@
+"""Tensor tables: what a backend keeps of the parameters of one device from step to step.
+
+:class:`NativeTable` hands it to the native library, which reads the gradients itself;
+:class:`PythonTable` serves the backends that are written in Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from . import adamw as definition
+from . import dispatch
+from .adamw import Columns, Hyper, Options, Outcome
+
+Group = dict[str, Any]
+
+
+@dataclass
+class Rows:
+    """The parameters with state of one device, and where they stand in the optimizer."""
+
+    device: torch.device
+    columns: Columns
+    owners: list[Tensor] = field(default_factory=list)  # as the param groups hold them
+    positions: list[int] = field(default_factory=list)  # in the group's list
+    indirect: list[bool] = field(default_factory=list)  # the kernels see a copy or a real view
+    stateless: list[Tensor] = field(default_factory=list)  # have had no gradient so far
+
+
+class Table(Protocol):
+    """What the optimizer needs of a backend."""
+
+    def gather(
+        self, param_groups: list[Group], state: Mapping[Tensor, dict[str, Any]]
+    ) -> list[int] | None:
+        """Read gradients; return rows to hand over by set_grad, or None if out of date."""
+
+    def set_grad(self, row: int, grad: Tensor) -> None:
+        """Set a gradient with the layout of the row's parameter."""
+
+    def step(self, options: Options, num_skipped: Tensor) -> Outcome:
+        """Update all parameters that have a gradient."""
+
+
+def make_table(
+    backend: str, rows: Rows, param_groups: list[Group], state: Mapping[Tensor, dict[str, Any]]
+) -> Table:
+    """Return the table of a backend."""
+    if backend in ("cpu", "cuda"):
+        return NativeTable(backend, rows, param_groups, state)
+    return PythonTable(backend, rows, param_groups, state)
+
+
+class NativeTable:
+    """A table in the native library."""
+
+    def __init__(
+        self,
+        backend: str,
+        rows: Rows,
+        param_groups: list[Group],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
+        """Build the table; it holds references to all tensors."""
+        module = _native.module_for(backend)
+        columns = rows.columns
+        retained = 0
+        if module is _native.library() and columns.params:
+            retained = torch.ops.fastremedy._retain_tensors(columns.params)
+        self._table = module.AdamWTable(
+            owners=rows.owners,
+            params=columns.params,
+            exp_avgs=columns.exp_avgs,
+            exp_avg_sqs=columns.exp_avg_sqs,
+            max_exp_avg_sqs=columns.max_exp_avg_sqs,
+            residuals=columns.residuals,
+            steps=columns.steps,
+            groups=columns.groups,
+            positions=rows.positions,
+            streams=columns.streams,
+            indirect=rows.indirect,
+            stateless=rows.stateless,
+            param_groups=param_groups,
+            state=state,
+            retained=retained,
+        )
+        self._params = columns.params
+        self._device = rows.device
+        num_bytes = self._table.workspace_bytes()
+        # Owned by the table, not shared: a captured graph keeps using it.
+        self._workspace = (
+            torch.zeros(num_bytes, dtype=torch.uint8, device=rows.device) if num_bytes else None
+        )
+        self.gather = self._table.gather
+        self.set_grad = self._table.set_grad
+
+    def step(self, options: Options, num_skipped: Tensor) -> Outcome:
+        """Update all parameters that have a gradient."""
+        table = self._table
+        if table.num_grads == 0:
+            return Outcome(None, None)
+        norm = None
+        if options.needs_norm:
+            dtype = torch.float64 if table.has_float64_grad else torch.float32
+            norm = torch.empty((), dtype=dtype, device=self._device)
+        skipped = table.step(
+            math.inf if options.max_norm is None else options.max_norm,
+            options.norm_type,
+            options.needs_norm,
+            options.skip_nonfinite,
+            options.grad_scale,
+            options.found_inf,
+            definition.ROUNDINGS.index(options.rounding),
+            options.seed,
+            0 if norm is None else norm.data_ptr(),
+            num_skipped.data_ptr(),
+            0 if self._workspace is None else self._workspace.data_ptr(),
+        )
+        if not skipped:
+            torch.autograd.graph.increment_version(self._params)
+        return Outcome(norm, None)
+
+
+class PythonTable:
+    """A table for the Triton kernels or for the definition in torch."""
+
+    def __init__(
+        self,
+        backend: str,
+        rows: Rows,
+        param_groups: list[Group],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
+        """Remember what the columns were built from."""
+        self._rows = rows
+        self._signature = self._sign(param_groups, state)
+        self._grads: list[Tensor | None] = [None] * len(rows.owners)
+        self._hypers = [hyper_of(group) for group in param_groups]
+        self._kernels = None
+        if backend == "triton":
+            self._kernels = dispatch.triton_kernels("adamw").AdamW(rows.columns)
+
+    def _sign(
+        self, param_groups: list[Group], state: Mapping[Tensor, dict[str, Any]]
+    ) -> list[object]:
+        """Name everything that the columns depend on: they are current while this stays equal."""
+        signature: list[object] = []
+        for group in param_groups:
+            signature += [id(param) for param in group["params"]]
+            signature.append(group["amsgrad"])
+        for param, values in state.items():
+            signature.append(id(param))
+            signature += [id(value) for value in values.values()]
+        signature += [param.data_ptr() for param in self._rows.columns.params]
+        return signature
+
+    def gather(
+        self, param_groups: list[Group], state: Mapping[Tensor, dict[str, Any]]
+    ) -> list[int] | None:
+        """Read gradients; return rows to hand over by set_grad, or None if out of date."""
+        if self._sign(param_groups, state) != self._signature:
+            return None
+        if any(param.grad is not None for param in self._rows.stateless):
+            return None
+        self._hypers = [hyper_of(group) for group in param_groups]
+        self._grads = [owner.grad for owner in self._rows.owners]
+        rows = zip(self._grads, self._rows.columns.params, self._rows.indirect, strict=True)
+        return [
+            i
+            for i, (grad, param, indirect) in enumerate(rows)
+            if grad is not None and (indirect or not _matches(grad, param))
+        ]
+
+    def set_grad(self, row: int, grad: Tensor) -> None:
+        """Set a gradient with the layout of the row's parameter."""
+        self._grads[row] = grad
+
+    def step(self, options: Options, num_skipped: Tensor) -> Outcome:
+        """Update all parameters that have a gradient."""
+        columns, grads = self._rows.columns, self._grads
+        self._grads = [None] * len(grads)
+        if self._kernels is None:
+            outcome = definition.adamw_(columns, grads, self._hypers, options)
+        else:
+            outcome = self._kernels.step(grads, self._hypers, options)
+            torch.autograd.graph.increment_version(columns.params)
+        if outcome.skipped is not None:
+            num_skipped += outcome.skipped
+        return outcome
+
+
+def _matches(grad: Tensor, param: Tensor) -> bool:
+    same_kind = (grad.dtype == torch.float64) == (param.dtype == torch.float64)
+    return (
+        same_kind
+        and grad.layout == torch.strided
+        and grad.device == param.device
+        and grad.shape == param.shape
+        and grad.stride() == param.stride()
+    )
+
+
+def hyper_of(group: Group) -> Hyper:
+    """Return the hyper-parameters of a param group."""
+    beta1, beta2 = group["betas"]
+    return Hyper(
+        group["lr"],
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        group["weight_decay"],
+        group["maximize"],
+        group["amsgrad"],
+        group["decoupled_weight_decay"],
+    )

@@ -1,0 +1,166 @@
+"""From an optimizer's groups and state to the columns that kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.adamw import Columns
+from ..ops.dispatch import is_dense
+from ..ops.table import Group, Rows
+
+_HALF = (torch.float16, torch.bfloat16)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+RESIDUAL_KEYS = {"kahan": "compensation", "master": "master_param"}
+
+
+def init_state(
+    params: list[tuple[Tensor, bool]],
+    state: Mapping[Tensor, dict[str, Any]],
+    state_dtype: torch.dtype | None,
+) -> None:
+    """Create the state of parameters of one device; each comes with its group's amsgrad flag.
+
+    The steps are views of one vector: a kernel reads neighbours, and one allocation serves all.
+    """
+    if not params:
+        return
+    steps = torch.zeros(len(params), dtype=torch.float32, device=params[0][0].device)
+    for (param, amsgrad), step in zip(params, steps.unbind(), strict=True):
+        values = state[param]
+        values["step"] = step
+        for name in _MOMENTS[: 3 if amsgrad else 2]:
+            values[name] = torch.zeros_like(
+                param, dtype=_moment_dtype(param, state_dtype), memory_format=torch.preserve_format
+            )
+
+
+def _moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    if state_dtype is None or param.dtype == torch.float64 or param.is_complex():
+        return param.dtype
+    return state_dtype
+
+
+def adopt_state(param: Tensor, values: dict[str, Any], amsgrad: bool, low_precision: str) -> None:
+    """Bring loaded or hand-made state into the form that kernels take; keep what already has it."""
+    step = values["step"]
+    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != param.device:
+        values["step"] = torch.as_tensor(float(step), dtype=torch.float32, device=param.device)
+    if amsgrad and "max_exp_avg_sq" not in values:
+        values["max_exp_avg_sq"] = torch.zeros_like(values["exp_avg_sq"])
+    names = [name for name in _MOMENTS if name in values]
+    dtype = _common_dtype(param, [values[name] for name in names])
+    for name in names:
+        values[name] = _like(values[name], param, dtype)
+    key = RESIDUAL_KEYS.get(low_precision)
+    if key is None or param.dtype not in _HALF:
+        return
+    residual_dtype = torch.float32 if low_precision == "master" else param.dtype
+    if key in values:
+        values[key] = _like(values[key], param, residual_dtype)
+    elif low_precision == "master":
+        values[key] = param.detach().to(residual_dtype)
+    else:
+        values[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
+def _common_dtype(param: Tensor, moments: list[Tensor]) -> torch.dtype:
+    if param.dtype == torch.float64 or param.is_complex():
+        return param.dtype
+    dtypes = {moment.dtype for moment in moments}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _like(stored: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``stored``, or a copy with the dtype and the (dense) strides that kernels expect."""
+    if stored.shape != param.shape:
+        raise ValueError(
+            f"state must have the shape of its parameter, expected {tuple(param.shape)}, "
+            f"got {tuple(stored.shape)}"
+        )
+    wanted = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if (stored.dtype, stored.device, stored.stride()) == (dtype, param.device, wanted.stride()):
+        return stored
+    return wanted.copy_(stored)
+
+
+def make_rows(
+    param_groups: list[Group],
+    state: Mapping[Tensor, dict[str, Any]],
+    device: torch.device,
+    low_precision: str,
+) -> Rows:
+    """Collect the parameters of one device; those without state are listed apart."""
+    columns = Columns([], [], [], [], [], [], [], [])
+    rows = Rows(device, columns)
+    key = RESIDUAL_KEYS.get(low_precision)
+    stream = 0
+    for g, group in enumerate(param_groups):
+        for position, param in enumerate(group["params"]):
+            stream += 1
+            if param.device != device:
+                continue
+            if not state.get(param):
+                rows.stateless.append(param)
+                continue
+            values = state[param]
+            adopt_state(param, values, group["amsgrad"], low_precision)
+            dense = is_dense(param)
+            rows.owners.append(param)
+            rows.positions.append(position)
+            rows.indirect.append(param.is_complex() or not dense)
+            work = param if dense else torch.empty_like(param, memory_format=torch.preserve_format)
+            residual = values[key] if key is not None and param.dtype in _HALF else None
+            columns.params.append(as_real(work))
+            columns.exp_avgs.append(as_real(values["exp_avg"]))
+            columns.exp_avg_sqs.append(as_real(values["exp_avg_sq"]))
+            columns.max_exp_avg_sqs.append(
+                as_real(values["max_exp_avg_sq"]) if group["amsgrad"] else None
+            )
+            columns.residuals.append(residual)
+            columns.steps.append(values["step"])
+            columns.groups.append(g)
+            columns.streams.append(stream - 1)
+    return rows
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs of reals; anything else as it is."""
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+
+
+def aligned_grad(param: Tensor, grad: Tensor, work: Tensor, name: str) -> Tensor:
+    """Return a gradient with the dtype kind and strides of the tensor that kernels update.
+
+    Raises:
+        RuntimeError: the gradient is sparse.
+        ValueError: it does not fit its parameter; the message names it.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            "Adam does not support sparse gradients, please consider SparseAdam instead"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"gradient of {name} must have the parameter's shape, "
+            f"expected {tuple(param.shape)}, got {tuple(grad.shape)}"
+        )
+    if grad.device != param.device:
+        raise ValueError(
+            f"gradient of {name} must be on the parameter's device, "
+            f"expected {param.device}, got {grad.device}"
+        )
+    if not (grad.is_floating_point() or grad.is_complex()):
+        raise ValueError(f"gradient of {name} must be floating point, got {grad.dtype}")
+    if grad.is_complex() != param.is_complex():
+        raise ValueError(
+            f"gradient of {name} must be {'complex' if param.is_complex() else 'real'} "
+            f"as the parameter is, got {grad.dtype}"
+        )
+    real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+    dtype = work.dtype if work.dtype == torch.float64 or real.dtype == torch.float64 else real.dtype
+    return torch.empty_like(work, dtype=dtype, memory_format=torch.preserve_format).copy_(real)

@@ -1,0 +1,125 @@
+"""Every backend behind the same tests: on a GPU if there is one, otherwise on the CPU.
+
+Without a GPU the CUDA kernels run in the emulation of csrc/emulation, built here once, and the Triton
+kernels in Triton's interpreter. With ``FASTREMEDY_REQUIRE_CUDA=1`` a missing GPU is a failure.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+import fastremedy  # noqa: E402
+from fastremedy import _native  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+
+
+def cuda_include() -> Path | None:
+    """Return the folder of CUDA's headers, None if there is none."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc is not None:
+        homes.append(str(Path(nvcc).resolve().parents[1]))
+    for home in homes:
+        if home and (Path(home) / "include" / "cuda_runtime_api.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+def require_cuda_include() -> Path:
+    """Return CUDA's headers; skip without them, but fail where nvcc says they should be there."""
+    include = cuda_include()
+    if include is None:
+        reason = "CUDA's headers are missing: the emulation needs their types"
+        if shutil.which("nvcc") is not None:
+            pytest.fail(reason + ", and nvcc is on PATH")
+        pytest.skip(reason)
+    return include
+
+
+@pytest.fixture(scope="session")
+def cuda_emulation() -> ModuleType:
+    """Build csrc/host and csrc/cuda for the CPU; load the result as a module."""
+    include = require_cuda_include()
+    sources = sorted([*CSRC.glob("host/*.cpp"), *CSRC.glob("cuda/*.cu")])
+    digest = hashlib.sha256(sys.version.encode() + torch.__version__.encode())
+    for file in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *sources]):
+        digest.update(file.read_bytes())
+    folder = ROOT / "build" / f"emulation-{digest.hexdigest()[:16]}"
+    library = folder / "_emulation.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest-xdist come at the same time
+        if not library.exists():
+            _build_emulation(sources, include, library)
+    loader = importlib.machinery.ExtensionFileLoader("_emulation", str(library))
+    spec = importlib.util.spec_from_loader("_emulation", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _build_emulation(sources: list[Path], include: Path, library: Path) -> None:
+    import pybind11
+
+    # -fno-strict-aliasing: vector accesses read 16-bit elements as 16 bytes, as CUDA allows.
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-DFASTREMEDY_EMULATION"]
+    # DLPack's header comes with torch.
+    torch_include = Path(torch.__file__).parent / "include"
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), torch_include, include]
+    flags += [part for path in includes for part in ("-isystem", str(path))]
+    objects = []
+    for source in sources:
+        output = library.with_name(f"{source.parent.name}_{source.stem}.o")
+        command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
+        subprocess.run(command, check=True)
+        objects.append(str(output))
+    subprocess.run(["g++", "-shared", *objects, "-o", str(library), "-pthread"], check=True)
+
+
+@pytest.fixture(params=["torch", "cpu", "cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once with every backend."""
+    name: str = request.param
+    if name in ("cuda", "triton") and not HAS_GPU and os.environ.get("FASTREMEDY_REQUIRE_CUDA"):
+        pytest.fail("FASTREMEDY_REQUIRE_CUDA is set and torch sees no CUDA device")
+    if name == "triton":
+        pytest.importorskip("triton")
+    if name == "cuda" and not HAS_GPU:
+        _native.emulate_cuda(request.getfixturevalue("cuda_emulation"))
+    try:
+        with fastremedy.backends.use(name):
+            yield name
+    finally:
+        _native.emulate_cuda(None)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Return the device whose tensors the backend takes."""
+    return torch.device("cuda" if HAS_GPU and backend in ("cuda", "triton") else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,29 @@
+"""What to compile ahead of time: a kernel with the types and constants of one of its launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One compiled form of a kernel, named as in ``kernel[constants]``."""
+
+    kernel: Any
+    types: Mapping[str, str]  # of the runtime arguments, as Triton spells them: "*fp32", "i32"
+    constants: Mapping[str, Any]
+    num_warps: int
+    wide_accesses: int = 0  # 16-byte loads and stores of the loop over full, aligned blocks
+
+    @property
+    def name(self) -> str:
+        """Return the kernel with the constants that tell its forms apart."""
+        shown = [str(value) for key, value in self.constants.items() if not key.endswith("BLOCK")]
+        return f"{self.kernel.__name__.strip('_')}[{', '.join(shown)}]"
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Return the type of every argument, constants included."""
+        return {**self.types, **dict.fromkeys(self.constants, "constexpr")}
