@@ -21,7 +21,7 @@ def _load() -> ModuleType | None:
     try:
         return importlib.import_module("fastremedy._C")
     except ModuleNotFoundError:
-        error = "fastremedy was installed without its native library (built with FASTREMEDY_BUILD=none?)"
+        error = "fastremedy was installed without its native library (FASTREMEDY_BUILD=none?)"
     except ImportError as cause:  # built for another Python, torch or machine
         error = f"the native library does not load: {cause}"
         warnings.warn(

@@ -36,7 +36,7 @@ def clip_(
         parameters: a tensor or an iterable of tensors, of any device, dtype and strides. Those
             without gradient are passed over.
         max_norm: largest norm allowed, at least 0.
-        norm_type: p of the p-norm; any number, ``inf`` and ``-inf`` included. 1, 2 and inf are fast.
+        norm_type: p of the p-norm, any number or ``inf`` or ``-inf``; 1, 2 and inf are fast.
         error_if_nonfinite: raise if the norm is NaN or infinite; this waits for the device.
         foreach: accepted as torch does, without effect.
 

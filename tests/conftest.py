@@ -1,7 +1,8 @@
 """Every backend behind the same tests: on a GPU if there is one, otherwise on the CPU.
 
-Without a GPU the CUDA kernels run in the emulation of csrc/emulation, built here once, and the Triton
-kernels in Triton's interpreter. With ``FASTREMEDY_REQUIRE_CUDA=1`` a missing GPU is a failure.
+Without a GPU the CUDA kernels run in the emulation of csrc/emulation, built here once, and the
+Triton kernels in Triton's interpreter. With ``FASTREMEDY_REQUIRE_CUDA=1`` a missing GPU is a
+failure.
 """
 
 from __future__ import annotations

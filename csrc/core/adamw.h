@@ -112,8 +112,7 @@ FASTREMEDY_HD void adamw_update(const AdamWCoefficients<T>& c, T grad, T& param,
   const T grad_sq = grad * grad;
   // An infinite second moment stays infinite (infinity - infinity would make it NaN).
   const bool is_infinite = exp_avg_sq - exp_avg_sq != T(0) && exp_avg_sq == exp_avg_sq;
-  exp_avg_sq =
-      is_infinite ? exp_avg_sq + grad_sq : lerp(exp_avg_sq, grad_sq, c.one_minus_beta2);
+  exp_avg_sq = is_infinite ? exp_avg_sq + grad_sq : lerp(exp_avg_sq, grad_sq, c.one_minus_beta2);
   T second_moment = exp_avg_sq;
   if (kAmsgrad) {
     const bool grows = exp_avg_sq > max_exp_avg_sq || exp_avg_sq != exp_avg_sq;

@@ -24,14 +24,14 @@ inline NormKind norm_kind(double norm_type) {
 
 // What clipping, loss scale and checks make of the gradients: written once per call.
 struct ClipResult {
-  double total_norm;    // of the unscaled gradients
-  double grad_factor;   // clip_coef / grad_scale
-  int32_t skip;         // 1: leave everything as it is
-  int32_t is_clipped;   // 1: clip_coef < 1 or NaN
+  double total_norm;   // of the unscaled gradients
+  double grad_factor;  // clip_coef / grad_scale
+  int32_t skip;        // 1: leave everything as it is
+  int32_t is_clipped;  // 1: clip_coef < 1 or NaN
 };
 
 struct ClipOptions {
-  double max_norm;     // infinity: no clipping
+  double max_norm;  // infinity: no clipping
   double norm_type;
   int32_t skip_nonfinite;
   int32_t padding;
@@ -70,7 +70,8 @@ FASTREMEDY_HD bool is_finite(double value) { return value - value == 0.0; }
 
 // scaled_norm: of the gradients as they stand, still multiplied by the loss scale.
 FASTREMEDY_HD ClipResult clip_result(const ClipOptions& options, double scaled_norm) {
-  const double inv_scale = options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
+  const double inv_scale =
+      options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
   ClipResult result;
   result.total_norm = scaled_norm * inv_scale;
   const double coef = options.max_norm / (result.total_norm + 1e-6);

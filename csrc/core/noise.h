@@ -1,8 +1,9 @@
 // Stochastic rounding with counter-based noise: a function of (seed, stream, step, element), so a
 // run repeats exactly, resumes from the seed, and needs no generator state.
 //
-// The mixer is lowbias32 of C. Wellons' hash prospector: 32-bit multiplications only, which vectorise
-// on every processor. E[round(x)] = x up to the width of the noise (16 bits; 13 for float16).
+// The mixer is lowbias32 of C. Wellons' hash prospector: 32-bit multiplications only, which
+// vectorise on every processor. E[round(x)] = x up to the width of the noise (16 bits; 13 for
+// float16).
 #pragma once
 
 #include "types.h"
@@ -59,8 +60,7 @@ FASTREMEDY_HD uint16_t float_to_float16_stochastic(float value, uint32_t noise) 
   rounded = is_subnormal ? subnormal : rounded;
   rounded = rounded < 0x7bffu ? rounded : 0x7bffu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  return magnitude >= 0x7f800000u ? float_to_float16(value)
-                                  : static_cast<uint16_t>(rounded | sign);
+  return magnitude >= 0x7f800000u ? float_to_float16(value) : static_cast<uint16_t>(rounded | sign);
 }
 
 }  // namespace fastremedy

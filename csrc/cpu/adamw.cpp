@@ -29,9 +29,8 @@ FASTREMEDY_CLONES void update_block(const AdamWCoefficients<T>& coefficients,
 }
 
 template <class Format>
-FASTREMEDY_CLONES void store_stochastic(const float* __restrict values,
-                                        uint16_t* __restrict params, int64_t n, NoiseKey key,
-                                        int64_t begin) {
+FASTREMEDY_CLONES void store_stochastic(const float* __restrict values, uint16_t* __restrict params,
+                                        int64_t n, NoiseKey key, int64_t begin) {
   for (int64_t i = 0; i < n; ++i) {
     params[i] = Format::round_stochastic(values[i], noise_bits(key, begin + i));
   }

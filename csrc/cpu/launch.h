@@ -10,7 +10,8 @@ namespace fastremedy::cpu {
 // 64 KiB of float32 each of parameter, gradient and moments: together a share of L2.
 inline constexpr int64_t kChunkSize = 16384;
 
-// Consecutive chunks that make a fair piece of work for a thread: range i is [begins[i], begins[i+1]).
+// Consecutive chunks that make a fair piece of work for a thread: range i is [begins[i],
+// begins[i+1]).
 std::vector<int32_t> make_ranges(const std::vector<Chunk>& chunks, const GradTensor* tensors);
 
 void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges);

@@ -11,8 +11,8 @@ int num_threads();
 // Runs body(context) on every thread of the pool, the calling one included.
 void run_on_all_threads(void (*body)(void* context), void* context);
 
-// Calls visit(begin, end) until all ranges are done. Threads take the next range as they get free, so
-// a slow core or an uneven range delays nobody.
+// Calls visit(begin, end) until all ranges are done. Threads take the next range as they get free,
+// so a slow core or an uneven range delays nobody.
 template <class Visit>
 void parallel_over(const int32_t* range_begins, int64_t num_ranges, bool backwards,
                    const Visit& visit) {

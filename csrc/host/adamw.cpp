@@ -15,12 +15,10 @@ namespace {
 
 // In the order in which read_hypers expects them.
 constexpr const char* kHyperNames[] = {
-    "lr",      "betas",    "eps",
-    "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
+    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
 constexpr size_t kNumHypers = std::size(kHyperNames);
 
 struct Names {
-  PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* hypers[kNumHypers];
   Names() {
@@ -45,14 +43,17 @@ double number_from(const py::object& value, const char* name, DLDevice device,
   if (numel_of(tensor) != 1 || !dtype_of(tensor, &dtype)) {
     throw py::value_error(std::string(name) + " must be a number or a 1-element float tensor");
   }
-  if (tensor.device.device_type == kDLCPU && !(device_pointer && is_cuda(device) && !kHasCuda)) {
-    const void* data = data_of(tensor);
-    if (dtype == DType::kFloat32) return *static_cast<const float*>(data);
-    if (dtype == DType::kFloat64) return *static_cast<const double*>(data);
-  } else if (device_pointer != nullptr && same_device(tensor.device, device) &&
-             dtype == DType::kFloat32) {
-    *device_pointer = static_cast<const float*>(data_of(tensor));
+  const void* data = data_of(tensor);
+  if (device_pointer != nullptr && is_cuda(device) && same_device(tensor.device, device) &&
+      dtype == DType::kFloat32) {
+    *device_pointer = static_cast<const float*>(data);
     return 0;
+  }
+  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat32) {
+    return *static_cast<const float*>(data);
+  }
+  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat64) {
+    return *static_cast<const double*>(data);
   }
   throw py::value_error(std::string(name) +
                         " as a tensor must be float32 on the parameters' device, or on the CPU");
@@ -123,8 +124,8 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     read_hypers(item(param_groups, g), &groups_[g], &hypers_[g]);
   }
   for (const auto& [key, values] : state) {
-    StateEntry entry{py::reinterpret_borrow<py::object>(key),
-                     py::reinterpret_borrow<py::object>(values), {}};
+    StateEntry entry{
+        py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(values), {}};
     for (const auto& [name, tensor] : py::cast<py::dict>(values)) {
       entry.tensors.push_back(py::reinterpret_borrow<py::object>(tensor));
     }
@@ -255,20 +256,18 @@ std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_gro
   if (retained_ != nullptr && !is_in_place(retained_)) return std::nullopt;
 #endif
   for (const py::object& param : stateless_) {
-    if (!py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), names().grad)).is_none()) {
-      return std::nullopt;
-    }
+    if (!grad_of(param.ptr()).is_none()) return std::nullopt;
   }
   num_grads_ = 0;
   has_float64_grad_ = false;
   std::vector<int64_t> unread;
   for (size_t i = 0; i < rows_.size(); ++i) {
-    PyObject* grad = PyObject_GetAttr(rows_[i].owner.ptr(), names().grad);
-    if (grad == nullptr) throw py::error_already_set();
     grads_[i].data = nullptr;
-    grad_owners_[i] = py::reinterpret_steal<py::object>(grad);
-    if (grad == Py_None) continue;
-    if (rows_[i].is_indirect || !read_grad(grad, i)) unread.push_back(static_cast<int64_t>(i));
+    grad_owners_[i] = grad_of(rows_[i].owner.ptr());
+    if (grad_owners_[i].is_none()) continue;
+    if (rows_[i].is_indirect || !read_grad(grad_owners_[i].ptr(), i)) {
+      unread.push_back(static_cast<int64_t>(i));
+    }
   }
   return unread;
 }
@@ -385,8 +384,8 @@ void AdamWTable::step_on_cuda(AdamWArgs args, uintptr_t base) {
   // A graph restores what it was captured with: other steps may have changed it before a replay.
   const bool is_capturing = cuda::is_capturing(stream);
   if (current != uploaded_ || is_capturing) {
-    check_cuda(cuda::upload(Workspace::at<char>(base, layout.grads), current.data(),
-                            current.size(), stream));
+    check_cuda(cuda::upload(Workspace::at<char>(base, layout.grads), current.data(), current.size(),
+                            stream));
     uploaded_ = is_capturing ? std::vector<char>() : std::move(current);
   }
   check_cuda(cuda::launch_adamw_prepare(args, stream));

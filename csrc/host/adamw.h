@@ -1,7 +1,7 @@
 // The tensor table of an optimizer: what AdamW needs of all parameters of one device.
 //
-// Built once, it holds what does not change: pointers of parameters and state, sizes, chunks. A step
-// reads .grad of every parameter, checks that nothing else has changed, and launches.
+// Built once, it holds what does not change: pointers of parameters and state, sizes, chunks. A
+// step reads .grad of every parameter, checks that nothing else has changed, and launches.
 #pragma once
 
 #include <optional>
@@ -14,17 +14,17 @@ namespace fastremedy::host {
 
 // The lists that the table is built from; one entry per parameter with state.
 struct AdamWColumns {
-  py::list owners;          // parameters as the param groups hold them
-  py::list params;          // what the kernels update; the owner itself unless it is indirect
+  py::list owners;  // parameters as the param groups hold them
+  py::list params;  // what the kernels update; the owner itself unless it is indirect
   py::list exp_avgs;
   py::list exp_avg_sqs;
   py::list max_exp_avg_sqs;  // None without amsgrad
   py::list residuals;        // None without
   py::list steps;
-  py::list groups;           // index of the param group
-  py::list positions;        // index in the param group's list
-  py::list streams;          // keys the noise of stochastic rounding
-  py::list indirect;         // True: Python hands the gradient over (complex, gaps in memory)
+  py::list groups;     // index of the param group
+  py::list positions;  // index in the param group's list
+  py::list streams;    // keys the noise of stochastic rounding
+  py::list indirect;   // True: Python hands the gradient over (complex, gaps in memory)
 };
 
 class AdamWTable {
@@ -37,8 +37,8 @@ class AdamWTable {
   AdamWTable(const AdamWTable&) = delete;
   AdamWTable& operator=(const AdamWTable&) = delete;
 
-  // Reads the gradients. None: the optimizer has changed, build a new table. Otherwise the rows whose
-  // gradient the caller has to hand over with set_grad.
+  // Reads the gradients. None: the optimizer has changed, build a new table. Otherwise the rows
+  // whose gradient the caller has to hand over with set_grad.
   std::optional<std::vector<int64_t>> gather(const py::list& param_groups, const py::dict& state);
   void set_grad(int64_t row, py::object grad);
 

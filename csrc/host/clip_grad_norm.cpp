@@ -7,25 +7,13 @@
 #endif
 
 namespace fastremedy::host {
-namespace {
-
-PyObject* const kGradName = PyUnicode_InternFromString("grad");
-
-}  // namespace
-
 GradList::GradList(const py::list& tensors, bool from_grad) {
   const size_t count = py::len(tensors);
   owners_.reserve(count);
   grads_.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     PyObject* item = PyList_GET_ITEM(tensors.ptr(), i);
-    if (from_grad) {
-      PyObject* grad = PyObject_GetAttr(item, kGradName);
-      if (grad == nullptr) throw py::error_already_set();
-      add(py::reinterpret_steal<py::object>(grad));
-    } else {
-      add(py::reinterpret_borrow<py::object>(item));
-    }
+    add(from_grad ? grad_of(item) : py::reinterpret_borrow<py::object>(item));
   }
 }
 

@@ -18,8 +18,8 @@ class GradList {
   py::list tensors() const;
   size_t workspace_bytes();
 
-  // Writes the norm to total_norm, a float64 scalar if has_float64(), float32 otherwise. With a finite
-  // max_norm also scales the gradients; returns whether they may have changed.
+  // Writes the norm to total_norm, a float64 scalar if has_float64(), float32 otherwise. With a
+  // finite max_norm also scales the gradients; returns whether they may have changed.
   bool clip(double max_norm, double norm_type, uintptr_t total_norm, uintptr_t workspace);
 
  private:

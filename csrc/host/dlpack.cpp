@@ -25,7 +25,50 @@ const DLPackExchangeAPI& exchange_api() {
   return *api;
 }
 
+// torch's own getter of Tensor.grad. Calling it directly saves the attribute look-up, a fifth of
+// the time that a gradient takes.
+class GradGetter {
+ public:
+  GradGetter() {
+    const py::object base = py::module_::import("torch").attr("_C").attr("TensorBase");
+    descriptor_ = base.attr("grad");
+    name_ = PyUnicode_InternFromString("grad");
+    if (Py_TYPE(descriptor_.ptr()) == &PyGetSetDescr_Type) {
+      getset_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_.ptr())->d_getset;
+    }
+  }
+
+  PyObject* get(PyObject* tensor) {
+    if (Py_TYPE(tensor) != known_type_) learn(Py_TYPE(tensor));
+    return is_plain_ ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
+  }
+
+ private:
+  // A subclass may have a `grad` or a __getattr__ of its own.
+  void learn(PyTypeObject* type) {
+    const auto attribute = py::reinterpret_steal<py::object>(
+        PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
+    is_plain_ = getset_ != nullptr && attribute.is(descriptor_) &&
+                type->tp_getattro == PyObject_GenericGetAttr;
+    PyErr_Clear();
+    known_type_ = type;
+  }
+
+  py::object descriptor_;
+  PyObject* name_;
+  PyGetSetDef* getset_ = nullptr;
+  PyTypeObject* known_type_ = nullptr;
+  bool is_plain_ = false;
+};
+
 }  // namespace
+
+py::object grad_of(PyObject* tensor) {
+  static GradGetter* const getter = new GradGetter;
+  PyObject* grad = getter->get(tensor);
+  if (grad == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(grad);
+}
 
 bool read_tensor(PyObject* tensor, DLTensor* out) {
   if (exchange_api().dltensor_from_py_object_no_sync(tensor, out) == 0) return true;

@@ -13,11 +13,14 @@ namespace fastremedy::host {
 
 namespace py = pybind11;
 
-// Fills `out`, valid while the caller holds the tensor. False, with no Python error set, for what has
-// no plain memory: sparse tensors, meta tensors, subclasses that wrap others.
+// Fills `out`, valid while the caller holds the tensor. False, with no Python error set, for what
+// has no plain memory: sparse tensors, meta tensors, subclasses that wrap others.
 bool read_tensor(PyObject* tensor, DLTensor* out);
 
-// As above, for tensors that have to be readable.
+// Returns tensor.grad, a new reference.
+py::object grad_of(PyObject* tensor);
+
+// As read_tensor, for tensors that have to be readable.
 DLTensor require_tensor(py::handle tensor, const char* name);
 
 // The stream that torch works on, for a CUDA device; null for a CPU.
@@ -35,7 +38,8 @@ bool dtype_of(const DLTensor& tensor, DType* dtype);
 // Whether the elements fill one piece of memory without gaps or overlap, in any order.
 bool is_dense(const DLTensor& tensor);
 
-// Shape and strides, kept to compare with later tensors. Strides of dimensions of size 1 do not count.
+// Shape and strides, kept to compare with later tensors. Strides of dimensions of size 1 do not
+// count.
 class Layout {
  public:
   explicit Layout(const DLTensor& tensor)

@@ -1,5 +1,5 @@
-// Tensors held through the stable ABI. Asking one for its data pointer takes a few nanoseconds, where
-// DLPack takes forty: that makes it affordable to notice `param.data = ...` at every step.
+// Tensors held through the stable ABI. Asking one for its data pointer takes a few nanoseconds,
+// where DLPack takes forty: that makes it affordable to notice `param.data = ...` at every step.
 #pragma once
 
 #include <cstddef>

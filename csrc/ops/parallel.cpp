@@ -1,9 +1,9 @@
 // torch's thread pool through the stable ABI.
-#include "stable_abi.h"
+#include "../cpu/parallel.h"
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../cpu/parallel.h"
+#include "stable_abi.h"
 
 namespace fastremedy::cpu {
 

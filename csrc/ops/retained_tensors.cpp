@@ -1,11 +1,11 @@
-#include "stable_abi.h"
+#include "../host/retained_tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <vector>
 
-#include "../host/retained_tensors.h"
+#include "stable_abi.h"
 
 namespace fastremedy {
 
@@ -17,7 +17,8 @@ struct RetainedTensors {
 bool is_in_place(const RetainedTensors* retained) {
   for (size_t i = 0; i < retained->tensors.size(); ++i) {
     void* pointer = nullptr;
-    // The handle is asked directly: Tensor::data_ptr would add a check of the error code per tensor.
+    // The handle is asked directly: Tensor::data_ptr would add a check of the error code per
+    // tensor.
     aoti_torch_get_data_ptr(retained->tensors[i].get(), &pointer);
     if (pointer != retained->pointers[i]) return false;
   }

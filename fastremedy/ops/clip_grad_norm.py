@@ -1,4 +1,4 @@
-"""Operators ``grad_norm`` and ``clip_grad_norm_``: schema, fake and the definition in pure torch."""
+"""Operators ``grad_norm`` and ``clip_grad_norm_``: the definition in pure torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def total_norm(grads: Sequence[Tensor], norm_type: float) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=device)
     if norm_type == 0.0:  # number of non-zero elements: adds up instead of counting tensors
         return torch.stack(norms).sum()
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return norm
 
 
 def _wide(grad: Tensor) -> torch.dtype:

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import _native, backends
 from . import clip_grad_norm as definition
 
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -68,6 +70,8 @@ def clip_grad_norm_(
         grads = [grad for t in tensors if (grad := t.grad if from_grad else t) is not None]
     if backend == "torch":
         return definition.clip_grad_norm_(grads, max_norm, norm_type)
+    if backend == "triton" and _is_uniform(grads):
+        return _clip_triton(grads, max_norm, norm_type)
     return _clip_mixed(grads, max_norm, norm_type)
 
 
@@ -84,6 +88,29 @@ def _clip_native(native: Any, first: Tensor, max_norm: float, norm_type: float) 
     address = 0 if memory is None else memory.data_ptr()
     if native.clip(max_norm, norm_type, norm.data_ptr(), address):
         torch.autograd.graph.increment_version(native.tensors)
+    return norm
+
+
+def _is_uniform(grads: list[Tensor]) -> bool:
+    """Whether kernels can take all of them as they are: one device, dense, float dtypes."""
+    device = grads[0].device
+    return all(
+        grad.device == device
+        and grad.dtype in _KERNEL_DTYPES
+        and grad.layout == torch.strided
+        and not is_traceable_wrapper_subclass(grad)
+        and is_dense(grad)
+        for grad in grads
+    )
+
+
+def _clip_triton(grads: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
+    kernels = triton_kernels("clip_grad_norm")
+    if max_norm == math.inf:
+        norm: Tensor = kernels.grad_norm(grads, norm_type)
+        return norm
+    norm = kernels.clip_grad_norm_(grads, max_norm, norm_type)
+    torch.autograd.graph.increment_version(grads)
     return norm
 
 
@@ -119,7 +146,6 @@ def grad_norm_on(device: torch.device, grads: list[Tensor], norm_type: float) ->
     if backend == "torch":
         return definition.grad_norm(grads, norm_type)
     if backend == "triton":
-        norm: Tensor = triton_kernels("clip_grad_norm").grad_norm(grads, norm_type)
-        return norm
+        return _clip_triton(grads, math.inf, norm_type)
     native = _native.module_for(backend).GradList(grads, False)
     return _clip_native(native, grads[0], math.inf, norm_type)

@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from .. import backends
 from . import dispatch
 from .adamw import Columns, Options
 from .clip_grad_norm import norm_dtype
 from .table import Rows, make_table
-from .. import backends
 
 _library = torch.library.Library("fastremedy", "FRAGMENT")
 _library.define("grad_norm(Tensor[] grads, float norm_type=2.0) -> Tensor")
@@ -76,8 +76,8 @@ def _adamw_(
 ) -> Tensor:
     """Update dense parameters of one device with one set of hyper-parameters.
 
-    Lists have one entry per parameter; ``max_exp_avg_sqs`` and ``residuals`` may be empty. Returns the
-    norm of the gradients, 0 if neither ``max_norm`` nor ``skip_nonfinite`` needs it.
+    Lists have one entry per parameter; ``max_exp_avg_sqs`` and ``residuals`` may be empty. Returns
+    the norm of the gradients, 0 if neither ``max_norm`` nor ``skip_nonfinite`` needs it.
     """
     if not params:
         return torch.zeros(())
@@ -106,9 +106,7 @@ def _adamw_(
     table = make_table(backends.active("adamw", device), rows, [group], {})
     for row, grad in enumerate(grads):
         table.set_grad(row, grad)
-    options = Options(
-        max_norm, norm_type, skip_nonfinite, grad_scale, found_inf, rounding, seed
-    )
+    options = Options(max_norm, norm_type, skip_nonfinite, grad_scale, found_inf, rounding, seed)
     num_skipped = torch.zeros((), dtype=torch.int64, device=device)
     norm = table.step(options, num_skipped).total_norm
     return torch.zeros((), dtype=norm_dtype(params), device=device) if norm is None else norm

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ class Rows:
     positions: list[int] = field(default_factory=list)  # in the group's list
     indirect: list[bool] = field(default_factory=list)  # the kernels see a copy or a real view
     stateless: list[Tensor] = field(default_factory=list)  # have had no gradient so far
+
+    @functools.cached_property
+    def has_indirect(self) -> bool:
+        """Whether any row is indirect."""
+        return any(self.indirect)
 
 
 class Table(Protocol):

@@ -16,8 +16,8 @@ from .. import backends
 from ..ops import dispatch
 from ..ops.adamw import Options
 from ..ops.clip_grad_norm import clip_coefficient, norm_dtype, total_norm
-from .rows import aligned_grad, init_state, make_rows
 from ..ops.table import Rows, Table, make_table
+from .rows import aligned_grad, fits, init_state, make_rows, raise_misfit
 
 _NONFINITE = ("propagate", "skip", "error")
 _LOW_PRECISION = (None, "stochastic", "kahan", "master")
@@ -82,6 +82,8 @@ class Adam(torch.optim.Adam):
         self.low_precision = low_precision
         self.state_dtype = torch.float32 if low_precision == "master" else state_dtype
         self._reset_tables()
+        self._grad_norm: Tensor | None = None
+        self._num_skipped: dict[torch.device, Tensor] = {}
         torch.optim.Adam.__init__(
             self,
             params,
@@ -126,9 +128,7 @@ class Adam(torch.optim.Adam):
     def _reset_tables(self) -> None:
         self._tables: list[tuple[Rows, Table]] | None = None
         self._table_backend: object = None
-        self._captured: list[object] = []
-        self._grad_norm: Tensor | None = None
-        self._num_skipped: dict[torch.device, Tensor] = {}
+        self._captured: list[Table] = []  # a CUDA graph uses their memory as long as it lives
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: options and torch's part, no tables."""
@@ -137,7 +137,9 @@ class Adam(torch.optim.Adam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and build tables anew at the next step."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("_grad_norm", None)
+        self.__dict__.setdefault("_num_skipped", {})
         self._reset_tables()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,11 +182,7 @@ class Adam(torch.optim.Adam):
         """
         if self.defaults["differentiable"]:
             return super().step(closure)
-        if any(
-            is_traceable_wrapper_subclass(group["params"][0])
-            for group in self.param_groups
-            if group["params"]
-        ):
+        if self._tables is None and self._wraps_tensors():
             return self._step_of_torch(closure)
         loss = None
         if closure is not None:
@@ -193,6 +191,13 @@ class Adam(torch.optim.Adam):
         with torch.no_grad():
             self._update()
         return loss
+
+    def _wraps_tensors(self) -> bool:
+        return any(
+            is_traceable_wrapper_subclass(param)
+            for group in self.param_groups
+            for param in group["params"]
+        )
 
     def _step_of_torch(self, closure: Callable[[], Any] | None) -> Any:
         if (self.max_grad_norm, self.nonfinite, self.low_precision) != (None, "propagate", None):
@@ -222,15 +227,13 @@ class Adam(torch.optim.Adam):
         if len(tables) > 1 and options.needs_norm:
             options = self._options_over_devices(tables, options)
         for rows, table in tables:
-            local = _on_device(options, rows.device)
-            if rows.device not in self._num_skipped:
-                self._num_skipped[rows.device] = torch.zeros(
-                    (), dtype=torch.int64, device=rows.device
-                )
-            for owner, work in _packed(rows):
+            packed = _packed(rows)
+            for owner, work in packed:
                 work.copy_(owner)
-            outcome = table.step(local, self._num_skipped[rows.device])
-            for owner, work in _packed(rows):
+            if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._captured.append(table)
+            outcome = table.step(_on_device(options, rows.device), self._num_skipped[rows.device])
+            for owner, work in packed:
                 owner.copy_(work)
             if outcome.total_norm is not None:
                 self._grad_norm = outcome.total_norm
@@ -240,7 +243,7 @@ class Adam(torch.optim.Adam):
     def _gathered_tables(self) -> list[tuple[Rows, Table]]:
         """Return tables that have read this step's gradients."""
         for _ in range(2):
-            if self._tables is None or self._table_backend is not backends.choice():
+            if self._tables is None or self._table_backend != backends.choice():
                 self._build_tables()
             assert self._tables is not None
             for rows, table in self._tables:
@@ -251,8 +254,9 @@ class Adam(torch.optim.Adam):
                 for row in unread:
                     owner = rows.owners[row]
                     assert owner.grad is not None
-                    work, name = rows.columns.params[row], self._name(owner)
-                    table.set_grad(row, aligned_grad(owner, owner.grad, work, name))
+                    if not fits(owner, owner.grad):
+                        raise_misfit(owner, owner.grad, self._name(owner))
+                    table.set_grad(row, aligned_grad(owner.grad, rows.columns.params[row]))
             else:
                 return self._tables
         raise RuntimeError("param_groups or state changed while the step was reading them")
@@ -264,9 +268,11 @@ class Adam(torch.optim.Adam):
         for group in self.param_groups:
             for param in group["params"]:
                 devices[param.device] = None
-                if param.grad is not None and not self.state.get(param):
-                    if param.grad.layout != torch.strided:
-                        aligned_grad(param, param.grad, param, self._name(param))
+                if param.grad is None:
+                    continue
+                if not fits(param, param.grad):
+                    raise_misfit(param, param.grad, self._name(param))
+                if not self.state.get(param):
                     fresh.setdefault(param.device, []).append((param, group["amsgrad"]))
         if any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -275,16 +281,14 @@ class Adam(torch.optim.Adam):
             )
         for params in fresh.values():
             init_state(params, self.state, self.state_dtype)
-        if self._tables is not None:
-            self._captured.append(self._tables)  # a captured graph may still use its memory
         rounding = self.low_precision or "nearest"
         self._tables = []
         for device in devices:
             rows = make_rows(self.param_groups, self.state, device, rounding)
             backend = backends.active("adamw", device)
-            self._tables.append(
-                (rows, make_table(backend, rows, self.param_groups, self.state))
-            )
+            if device not in self._num_skipped:
+                self._num_skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+            self._tables.append((rows, make_table(backend, rows, self.param_groups, self.state)))
         self._table_backend = backends.choice()
 
     def _options_over_devices(self, tables: list[tuple[Rows, Table]], options: Options) -> Options:
@@ -372,8 +376,8 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: clip the norm of all gradients of all groups to this, None for no clipping.
         norm_type: p of that norm, greater than 0, ``inf`` included.
         nonfinite: what to do if a gradient is NaN or infinite: ``"propagate"`` as torch does;
-            ``"skip"`` leaves parameters, state and step as they are, without waiting for the device;
-            ``"error"`` raises, naming the parameter.
+            ``"skip"`` leaves parameters, state and step as they are, without waiting for the
+            device; ``"error"`` raises, naming the parameter.
         low_precision: how float16 and bfloat16 parameters keep updates smaller than their last
             bit: ``"stochastic"`` rounds at random without bias (the seed is in the state dict),
             ``"kahan"`` keeps the lost part in the parameter's dtype, ``"master"`` keeps a float32
@@ -457,7 +461,7 @@ def _check_options(
 
 def _packed(rows: Rows) -> list[tuple[Tensor, Tensor]]:
     """Return the parameters with gaps in memory and the dense copies that kernels update."""
-    if not any(rows.indirect):
+    if not rows.has_indirect:
         return []
     works = zip(rows.owners, rows.columns.params, rows.indirect, strict=True)
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -133,34 +133,43 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
-def aligned_grad(param: Tensor, grad: Tensor, work: Tensor, name: str) -> Tensor:
-    """Return a gradient with the dtype kind and strides of the tensor that kernels update.
+def fits(param: Tensor, grad: Tensor) -> bool:
+    """Whether a gradient can update a parameter, whatever its strides."""
+    return (
+        grad.layout == torch.strided
+        and grad.shape == param.shape
+        and grad.device == param.device
+        and grad.is_complex() == param.is_complex()
+        and (grad.is_floating_point() or grad.is_complex())
+    )
+
+
+def raise_misfit(param: Tensor, grad: Tensor, name: str) -> NoReturn:
+    """Say what is wrong with a gradient that does not fit.
 
     Raises:
         RuntimeError: the gradient is sparse.
-        ValueError: it does not fit its parameter; the message names it.
+        ValueError: its shape, device or dtype is not the parameter's; the message names it.
     """
     if grad.layout != torch.strided:
         raise RuntimeError(
             "Adam does not support sparse gradients, please consider SparseAdam instead"
         )
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"gradient of {name} must have the parameter's shape, "
-            f"expected {tuple(param.shape)}, got {tuple(grad.shape)}"
-        )
-    if grad.device != param.device:
-        raise ValueError(
-            f"gradient of {name} must be on the parameter's device, "
-            f"expected {param.device}, got {grad.device}"
-        )
-    if not (grad.is_floating_point() or grad.is_complex()):
-        raise ValueError(f"gradient of {name} must be floating point, got {grad.dtype}")
-    if grad.is_complex() != param.is_complex():
-        raise ValueError(
-            f"gradient of {name} must be {'complex' if param.is_complex() else 'real'} "
-            f"as the parameter is, got {grad.dtype}"
-        )
+    for what, expected, got in (
+        ("shape", tuple(param.shape), tuple(grad.shape)),
+        ("device", param.device, grad.device),
+    ):
+        if expected != got:
+            raise ValueError(
+                f"gradient of {name} must have the parameter's {what}, "
+                f"expected {expected}, got {got}"
+            )
+    kind = "complex" if param.is_complex() else "real floating point"
+    raise ValueError(f"gradient of {name} must be {kind} as the parameter is, got {grad.dtype}")
+
+
+def aligned_grad(grad: Tensor, work: Tensor) -> Tensor:
+    """Return a copy of a gradient with the strides of the tensor that kernels update."""
     real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
-    dtype = work.dtype if work.dtype == torch.float64 or real.dtype == torch.float64 else real.dtype
+    dtype = work.dtype if torch.float64 in (work.dtype, real.dtype) else real.dtype
     return torch.empty_like(work, dtype=dtype, memory_format=torch.preserve_format).copy_(real)
