@@ -51,22 +51,27 @@ clean:
 
 # In place, so that a changed source recompiles alone.
 $(BUILT): $(READY) setup.py $(SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace
-	touch $@
+	@echo "building the native library; build/native.log tells how"
+	@mkdir -p build
+	@$(PY) setup.py build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
+	@grep -h "no native library" build/native.log || true
+	@touch $@
 
 ifdef SYSTEM
 $(READY): pyproject.toml
-	$(PYTHON) -m venv --without-pip --system-site-packages $(VENV)
-	$(PYTHON) -c "import site; print(*map('import site; site.addsitedir({!r})'.format, \
+	@echo "laying $(VENV) over the environment of $(PYTHON)"
+	@$(PYTHON) -m venv --without-pip --system-site-packages $(VENV)
+	@$(PYTHON) -c "import site; print(*map('import site; site.addsitedir({!r})'.format, \
 	  site.getsitepackages()), sep='\n')" > $$(echo $(VENV)/lib/python*/site-packages)/system.pth
-	FASTREMEDY_BUILD=none $(PYTHON) -m pip --python $(PY) install --quiet \
+	@FASTREMEDY_BUILD=none $(PYTHON) -m pip --python $(PY) install -qq \
 	  --no-deps --no-build-isolation --no-index -e .
-	touch $@
+	@touch $@
 else
 $(READY): pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	rm -f $(VENV)/.ready-*
-	$(PY) -m pip install --quiet '$(TORCH)' '$(TRITON)' 'setuptools>=77' pybind11 ninja
-	FASTREMEDY_BUILD=none $(PY) -m pip install --quiet --no-build-isolation -e '.[dev]'
-	touch $@
+	@echo "installing $(TORCH) and the tools into $(VENV)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready-*
+	@$(PY) -m pip install -qq '$(TORCH)' '$(TRITON)' 'setuptools>=77' pybind11 ninja
+	@FASTREMEDY_BUILD=none $(PY) -m pip install -qq --no-build-isolation -e '.[dev]'
+	@touch $@
 endif

@@ -15,10 +15,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 CUDA_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # each also serves the later minor versions of its major
-CXX_FLAGS = """-O3 -std=c++17 -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math
-    -ffp-contract=fast""".split()
+CXX_FLAGS = """-O3 -g0 -std=c++17 -fvisibility=hidden -fopenmp-simd -fno-math-errno
+    -fno-trapping-math -ffp-contract=fast""".split()
 NVCC_FLAGS = "-O3 -std=c++17 --threads 2 -Xcompiler -fvisibility=hidden -lineinfo".split()
-LINK_FLAGS = "-Wl,--no-as-needed -ltorch -Wl,--as-needed -Wl,--exclude-libs,ALL".split()
+LINK_FLAGS = """-Wl,--no-as-needed -ltorch -Wl,--as-needed -Wl,--exclude-libs,ALL
+    -Wl,--version-script,csrc/exports.map""".split()
 
 
 def find_cuda():
@@ -60,7 +61,7 @@ def native_library(cuda):
         cpp_extension.CUDA_HOME = str(cuda[0])  # a CPU build of torch does not look for it
         cpp_extension._check_cuda_version = lambda *_: None  # the kernels know no torch
     flags = {"extra_compile_args": {"cxx": cxx, "nvcc": nvcc}, "extra_link_args": link}
-    headers = glob("csrc/*/*.h")
+    headers = ["csrc/exports.map", *glob("csrc/*/*.h"), *glob("csrc/*/*.cuh")]
     library = Extension("fastremedy._C", sorted(sources), depends=headers, language="c++", **flags)
     return {"ext_modules": [library], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 _schemas = torch.library.Library("fastremedy", "FRAGMENT")
-_schemas.define("_retain_tensors(Tensor[] tensors) -> int")
+_schemas.define("_retain_tensors(Tensor[] params, Tensor[] state) -> int")
 
 error: str | None = None
 

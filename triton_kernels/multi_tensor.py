@@ -22,6 +22,15 @@ from torch import Tensor
 # spread 10 M elements over all multiprocessors several times.
 CHUNK = 16384
 
+NUM_WARPS = 4
+NUM_THREADS = 32 * NUM_WARPS
+NARROW_BLOCK = tl.constexpr(NUM_THREADS)  # elements of an iteration that cannot use wide accesses
+# Left to itself, ptxas spills a few registers to fit one more block on a multiprocessor. The bound
+# is above what any kernel needs; AMD's compiler has no such option.
+LAUNCH_OPTIONS = {"num_warps": NUM_WARPS}
+if torch.version.hip is None:
+    LAUNCH_OPTIONS["maxnreg"] = 128
+
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -49,6 +58,28 @@ def locate_chunk(first_chunks_ptr, sizes_ptr, chunk, first_row, end_row, CHUNK: 
     begin = (chunk - tl.load(first_chunks_ptr + row)).to(tl.int64) * CHUNK
     count = tl.minimum(tl.load(sizes_ptr + row) - begin, CHUNK).to(tl.int32)
     return row, begin, count
+
+
+@triton.jit
+def aligned_pointer(address, DTYPE: tl.constexpr):
+    """Return a pointer that is a multiple of 16 bytes, so that accesses are 16 bytes wide.
+
+    ``tl.multiple_of`` marks the operation that made its argument, wherever else that is used: a
+    pointer without the promise must come from another conversion.
+    """
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def wide_count(count, addresses, BLOCK: tl.constexpr):
+    """Return how many elements full blocks with wide accesses take: none if not all aligned.
+
+    Args:
+        count: number of elements.
+        addresses: bitwise or of all addresses, each a multiple of 16 where accesses can be wide.
+        BLOCK: number of elements of a block.
+    """
+    return tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
 
 
 class Run(NamedTuple):
@@ -93,14 +124,32 @@ def _store_words_kernel(out_ptr, words):
         tl.store(out_ptr + i, words[i])
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream records a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_id(device: torch.device) -> int:
+    """Return what tells the current stream from others."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+_kept: dict[int, Tensor] = {}
+
+
+def keep_for_graph(tensor: Tensor) -> None:
+    """Keep memory that a captured graph reads: it may be replayed until the process ends."""
+    _kept[tensor.data_ptr()] = tensor
+
+
 def upload(words: Sequence[int], device: torch.device) -> Tensor:
     """Return int64 words on the device, without waiting for it.
 
     Inside a graph capture the words travel as kernel arguments, so that a replay never reads host
     memory that has changed since, into memory that lives as long as the graph.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return _upload_as_arguments(words, device)
+    if is_capturing(device):
+        return upload_as_arguments(words, device)
     if device.type == "cuda":
         _load_upload_kernel(device)
     return torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
@@ -109,10 +158,11 @@ def upload(words: Sequence[int], device: torch.device) -> Tensor:
 @functools.cache
 def _load_upload_kernel(device: torch.device) -> None:
     # A kernel cannot be loaded while a stream is capturing.
-    _upload_as_arguments([0], device)
+    upload_as_arguments([0], device)
 
 
-def _upload_as_arguments(words: Sequence[int], device: torch.device) -> Tensor:
+def upload_as_arguments(words: Sequence[int], device: torch.device) -> Tensor:
+    """Return int64 words on the device, sent as arguments of kernels."""
     num_launches = triton.cdiv(len(words), _WORDS_PER_LAUNCH)
     out = torch.empty(num_launches * _WORDS_PER_LAUNCH, dtype=torch.int64, device=device)
     padded = [*words, *[0] * (out.numel() - len(words))]

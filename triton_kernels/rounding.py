@@ -14,13 +14,13 @@ import triton.language as tl
 @triton.jit
 def round_nearest(value, DTYPE: tl.constexpr):
     """Convert to a storage dtype, ties to even; 16 bits are reached by way of float32."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         quiet_nan = (bits >> 16) | 0x40  # the carry could turn a NaN into infinity
         rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet_nan, rounded)
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    if DTYPE == tl.float16:
+    if DTYPE.is_fp16():
         return value.to(tl.float32).to(tl.float16)
     return value.to(DTYPE)
 
@@ -33,7 +33,7 @@ def round_stochastic(value, noise, DTYPE: tl.constexpr):
     """
     bits = value.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         rounded = tl.minimum((magnitude + (noise & 0xFFFF)) >> 16, 0x7F7F)
     else:
         fraction = noise & 0x1FFF
@@ -60,7 +60,7 @@ def mix_bits(x):
 def noise_key(seed, stream, step):
     """Return the key of a parameter's noise: int64 seed, uint32 stream and step."""
     low = mix_bits(seed.to(tl.uint32) ^ mix_bits(stream))
-    high = mix_bits((seed >> 32).to(tl.uint32) ^ mix_bits(~step))
+    high = mix_bits((seed >> 32).to(tl.uint32) ^ mix_bits(step ^ 0xFFFFFFFF))
     return mix_bits(low + high), mix_bits(low ^ (high * 0x9E3779B9))
 
 

@@ -14,7 +14,6 @@ class Specialisation:
     kernel: Any
     types: Mapping[str, str]  # of the runtime arguments, as Triton spells them: "*fp32", "i32"
     constants: Mapping[str, Any]
-    num_warps: int
     wide_accesses: int = 0  # 16-byte loads and stores of the loop over full, aligned blocks
 
     @property

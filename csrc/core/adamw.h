@@ -121,7 +121,9 @@ FASTREMEDY_HD void adamw_update(const AdamWCoefficients<T>& c, T grad, T& param,
   }
   using std::sqrt;
   const T denom = sqrt(second_moment) * c.inv_sqrt_bias_correction2 + c.eps;
-  param -= c.decay * param + c.step_size * (exp_avg / denom);
+  // An infinite parameter stays infinite, too.
+  const T decay = param - param == T(0) ? c.decay * param : T(0);
+  param -= decay + c.step_size * (exp_avg / denom);
 }
 
 }  // namespace fastremedy

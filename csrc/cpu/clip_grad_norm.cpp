@@ -152,8 +152,7 @@ void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges) {
     for (int32_t i = 0; i < args.num_chunks; ++i) {
       total = norm_combine(args.kind, norm_type, total, args.partials[i]);
     }
-    const bool saw_nothing = total == HUGE_VAL && norm_type == -HUGE_VAL && args.num_chunks == 0;
-    total = saw_nothing ? 0 : norm_finish(args.kind, norm_type, total);
+    total = args.num_chunks == 0 ? 0 : norm_finish(args.kind, norm_type, total);
   }
   *args.result = clip_result(args.options, total);
   if (args.total_norm != nullptr) {

@@ -9,16 +9,20 @@ struct NothingMore {
 };
 
 template <class T>
-FASTREMEDY_DEVICE void scale_chunk(const GradTensor& grad, Range range, double grad_factor) {
+FASTREMEDY_DEVICE void scale_chunk(const GradTensor& grad, Slice slice, double grad_factor) {
   const T factor = static_cast<T>(grad_factor);
-  for_each_vec<T, 1>(range, is_aligned(grad.data), [&](auto width, int64_t i) {
-    constexpr int kWidth = decltype(width)::value;
-    T values[kWidth];
-    unpack(load<T, kWidth>(grad.data, grad.dtype, i), grad.dtype, values);
+  char* const data = element_at(grad.data, grad.dtype, slice.begin);
+  for_each_vec<T, 1>(
+      slice.size, is_aligned(data),
+      [&](auto width, int32_t i) { return load<T, decltype(width)::value>(data, grad.dtype, i); },
+      [&](auto width, int32_t i, const auto& stored) {
+        constexpr int kWidth = decltype(width)::value;
+        T values[kWidth];
+        unpack(stored, grad.dtype, values);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) values[k] *= factor;
-    store(grad.data, grad.dtype, i, pack(values, grad.dtype));
-  });
+        for (int k = 0; k < kWidth; ++k) values[k] *= factor;
+        store(data, grad.dtype, i, pack(values, grad.dtype));
+      });
 }
 
 __global__ void __launch_bounds__(kNormBlockSize) scale_grads_kernel(GradNormArgs args) {
@@ -29,11 +33,11 @@ __global__ void __launch_bounds__(kNormBlockSize) scale_grads_kernel(GradNormArg
     const Chunk chunk = args.chunks[c];
     const GradTensor grad = args.grads[chunk.tensor];
     if (grad.data == nullptr) continue;
-    const Range range = range_of(chunk, grad.numel);
+    const Slice slice = slice_of(chunk, grad.numel);
     if (grad.dtype == DType::kFloat64) {
-      scale_chunk<double>(grad, range, result.grad_factor);
+      scale_chunk<double>(grad, slice, result.grad_factor);
     } else {
-      scale_chunk<float>(grad, range, result.grad_factor);
+      scale_chunk<float>(grad, slice, result.grad_factor);
     }
   }
 }

@@ -4,6 +4,8 @@
 // order: the result is bitwise the same for any number of blocks.
 #pragma once
 
+#include <cmath>
+
 #include "../core/arguments.h"
 #include "multi_tensor.cuh"
 
@@ -15,21 +17,15 @@ inline constexpr int kNormBlockSize = 64;
 inline constexpr int kNormBlockSize = 512;
 #endif
 
-template <class T>
-FASTREMEDY_DEVICE T magnitude(T value) {
-  return value < T(0) ? -value : value;
-}
-
-// What one thread has seen of a chunk: the sum of |x| or of x * x ...
+// What one thread has seen of a chunk. For L1 and L2 that is the sum of |x| or of x * x.
 template <NormKind kKind, class Sum>
 struct Accumulator {
   explicit FASTREMEDY_DEVICE Accumulator(double /*norm_type*/) {}
 
   template <class T>
   FASTREMEDY_DEVICE void add(int lane, T value) {
-    const Sum x = magnitude(value);
-    sums[lane] += kKind == NormKind::kL2 ? x * x : x;
-    is_nonzero |= value != T(0);
+    const Sum x = value;
+    sums[lane] += kKind == NormKind::kL2 ? x * x : std::fabs(x);
   }
   FASTREMEDY_DEVICE double total() const {
     const Sum left = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -38,11 +34,10 @@ struct Accumulator {
   }
 
   Sum sums[8] = {};  // separate lanes hide the latency of the addition
-  bool is_nonzero = false;
 };
 
-// ... the largest |x|. As integers, the bits of magnitudes are in the order of their values, with
-// NaN on top ...
+// The largest |x|. As integers, the bits of magnitudes are in the order of their values, with NaN
+// on top.
 template <class Sum>
 struct Accumulator<NormKind::kMax, Sum> {
   using Bits = std::conditional_t<sizeof(Sum) == 8, uint64_t, uint32_t>;
@@ -58,14 +53,14 @@ struct Accumulator<NormKind::kMax, Sum> {
   Bits max_bits = 0;
 };
 
-// ... or the sum of |x|^p, or the smallest |x|.
+// The sum of |x|^p, or the smallest |x|.
 template <class Sum>
 struct Accumulator<NormKind::kGeneral, Sum> {
   explicit FASTREMEDY_DEVICE Accumulator(double norm_type)
       : norm_type(norm_type), combined(norm_identity(NormKind::kGeneral, norm_type)) {}
 
   FASTREMEDY_DEVICE void add(int /*lane*/, double value) {
-    const double term = norm_term(magnitude(value), norm_type);
+    const double term = norm_term(std::fabs(value), norm_type);
     combined = norm_combine(NormKind::kGeneral, norm_type, combined, term);
   }
   FASTREMEDY_DEVICE double total() const { return combined; }
@@ -74,17 +69,27 @@ struct Accumulator<NormKind::kGeneral, Sum> {
   double combined;
 };
 
-// T: what elements are converted to; unrolled loops have several loads under way.
-template <class T, int kUnroll, class Seen>
-FASTREMEDY_DEVICE void accumulate(const GradTensor& grad, Range range, Seen& seen) {
-  const auto accumulate_as = [&](auto dtype) {
-    for_each_vec<T, kUnroll>(range, is_aligned(grad.data), [&](auto width, int64_t i) {
-      constexpr int kWidth = decltype(width)::value;
-      T values[kWidth];
-      unpack(load<T, kWidth, Reuse::kByNextKernel>(grad.data, dtype, i), dtype, values);
+// Adds a slice to what the thread has seen; false if all bits of its elements are 0. T is what
+// elements are converted to.
+template <class T, int kBatch, class Seen>
+FASTREMEDY_DEVICE bool accumulate(const GradTensor& grad, Slice slice, Seen& seen) {
+  uint32_t any_bits = 0;
+  const auto accumulate_as = [&](auto constant) {
+    constexpr DType kDType = decltype(constant)::value;
+    const char* data = element_at(grad.data, kDType, slice.begin);
+    for_each_vec<T, kBatch>(
+        slice.size, is_aligned(data),
+        [&](auto width, int32_t i) {
+          return load<T, decltype(width)::value, Reuse::kByNextKernel>(data, kDType, i);
+        },
+        [&](auto width, int32_t /*i*/, const auto& stored) {
+          constexpr int kWidth = decltype(width)::value;
+          T values[kWidth];
+          unpack(stored, kDType, values);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) seen.add(k, values[k]);
-    });
+          for (int k = 0; k < kWidth; ++k) seen.add(k, values[k]);
+          for (const uint32_t word : stored.words) any_bits |= word;
+        });
   };
   if constexpr (sizeof(T) == sizeof(double)) {
     accumulate_as(std::integral_constant<DType, DType::kFloat64>());
@@ -95,11 +100,12 @@ FASTREMEDY_DEVICE void accumulate(const GradTensor& grad, Range range, Seen& see
   } else {
     accumulate_as(std::integral_constant<DType, DType::kFloat16>());
   }
+  return any_bits != 0;
 }
 
 // The partial of a chunk, in all threads of the block.
 template <NormKind kKind>
-FASTREMEDY_DEVICE double chunk_partial(const GradTensor& grad, Range range, double norm_type) {
+FASTREMEDY_DEVICE double chunk_partial(const GradTensor& grad, Slice slice, double norm_type) {
   const auto reduce = [&](double value) {
     return block_reduce<kNormBlockSize>(
         value, norm_identity(kKind, norm_type),
@@ -107,23 +113,27 @@ FASTREMEDY_DEVICE double chunk_partial(const GradTensor& grad, Range range, doub
   };
   if (grad.dtype == DType::kFloat64) {
     Accumulator<kKind, double> seen(norm_type);
-    accumulate<double, 2>(grad, range, seen);
+    accumulate<double, 2>(grad, slice, seen);
     return reduce(seen.total());
   }
-  constexpr bool kIsSum = kKind == NormKind::kL1 || kKind == NormKind::kL2;
-  if constexpr (kIsSum) {
+  if constexpr (kKind == NormKind::kMax) {
+    Accumulator<kKind, float> seen(norm_type);
+    accumulate<float, 4>(grad, slice, seen);
+    return reduce(seen.total());
+  }
+  if constexpr (kKind != NormKind::kGeneral) {
     // Squares of floats above 1e19 overflow and those below 1e-19 lose digits. A sum of 65536 that
     // reaches 1e-30 has lost at most 65536 * 2^-150, which is 5e-11 of it.
     constexpr double kSmallestExactSum = 1e-30;
     Accumulator<kKind, float> seen(norm_type);
-    accumulate<float, 4>(grad, range, seen);
+    const bool is_nonzero = accumulate<float, 4>(grad, slice, seen);
     const double total = reduce(seen.total());
     if (is_finite(total) && total >= kSmallestExactSum) return total;
-    if (!__syncthreads_or(seen.is_nonzero)) return 0;
+    if (!__syncthreads_or(is_nonzero)) return 0;
   }
-  using Sum = std::conditional_t<kKind == NormKind::kMax, float, double>;
-  Accumulator<kKind, Sum> seen(norm_type);
-  accumulate<float, kKind == NormKind::kMax ? 4 : 1>(grad, range, seen);
+  // No float overflows or underflows here: squares range from 2^-298 to 2^256.
+  Accumulator<kKind, double> seen(norm_type);
+  accumulate<float, 1>(grad, slice, seen);
   return reduce(seen.total());
 }
 
@@ -172,7 +182,7 @@ FASTREMEDY_DEVICE void write_result(const GradNormArgs& args, const ClipResult& 
 
 // finish(result) runs in all threads of the last block.
 template <NormKind kKind, class Finish>
-__global__ void __launch_bounds__(kNormBlockSize) norm_kernel(GradNormArgs args, Finish finish) {
+__global__ void __launch_bounds__(kNormBlockSize, 2) norm_kernel(GradNormArgs args, Finish finish) {
   double norm = 0;
   if constexpr (kKind != NormKind::kNone) {
     const double norm_type = args.options.norm_type;
@@ -180,9 +190,8 @@ __global__ void __launch_bounds__(kNormBlockSize) norm_kernel(GradNormArgs args,
       const Chunk chunk = args.chunks[c];
       const GradTensor grad = args.grads[chunk.tensor];
       const double partial =
-          grad.data != nullptr
-              ? chunk_partial<kKind>(grad, range_of(chunk, grad.numel), norm_type)
-              : norm_identity(kKind, norm_type);
+          grad.data != nullptr ? chunk_partial<kKind>(grad, slice_of(chunk, grad.numel), norm_type)
+                               : norm_identity(kKind, norm_type);
       if (threadIdx.x == 0) args.partials[c] = partial;
     }
     if (!is_last_block(args.counter)) return;

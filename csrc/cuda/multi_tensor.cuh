@@ -15,12 +15,11 @@ inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kAccessBytes = 16;  // the widest access of one thread
 
-// Elements of one vector: 8 that are computed in float, 4 in double. Two accesses of 16 bytes for
-// elements as wide as T, one for elements of half that width.
+// Elements of one vector. 8 that are computed in float take two accesses of 16 bytes as float32 and
+// one as float16 or bfloat16. Where double is computed registers are short, and 2 make one access.
 template <class T>
-inline constexpr int kVecSize = 2 * kAccessBytes / static_cast<int>(sizeof(T));
+inline constexpr int kVecSize = sizeof(T) == sizeof(float) ? 8 : 2;
 
-static_assert(kVecSize<float> == 8 && kVecSize<double> == 4);
 static_assert(sizeof(uint4) == kAccessBytes && alignof(uint4) == kAccessBytes);
 static_assert(kChunkSize % kVecSize<float> == 0 && kChunkSize % kVecSize<double> == 0,
               "every chunk of an aligned tensor starts aligned");
@@ -38,10 +37,27 @@ FASTREMEDY_DEVICE bool is_aligned(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % kAccessBytes == 0;
 }
 
-// kWidth elements as memory has them; narrower elements than T fill the front.
+// The part of a tensor that a chunk covers.
+struct Slice {
+  int64_t begin;
+  int32_t size;
+};
+
+FASTREMEDY_DEVICE Slice slice_of(Chunk chunk, int64_t numel) {
+  const int64_t begin = chunk.index * kChunkSize;
+  return {begin, static_cast<int32_t>(numel - begin < kChunkSize ? numel - begin : kChunkSize)};
+}
+
+FASTREMEDY_DEVICE char* element_at(void* data, DType dtype, int64_t i) {
+  return static_cast<char*>(data) + i * element_size(dtype);
+}
+
+// kWidth elements as memory has them; narrower elements than T fill the front. The rest is zero,
+// not undefined: ptxas keeps registers that only some dtypes write alive over the whole kernel, and
+// adamw_update_kernel would take 255 of them instead of 118.
 template <class T, int kWidth>
 struct Stored {
-  uint32_t words[kWidth * sizeof(T) / sizeof(uint32_t)];
+  uint32_t words[kWidth * sizeof(T) / sizeof(uint32_t)] = {};
 
   FASTREMEDY_DEVICE uint16_t half(int i) const {
     return static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
@@ -52,8 +68,8 @@ struct Stored {
   }
 };
 
-// Elements are read or written once per kernel: the streaming hint (evict first) leaves the L2 cache
-// to what the next kernel reads again.
+// Elements are read or written once per kernel: the streaming hint (evict first) leaves the L2
+// cache to what the next kernel reads again.
 enum class Reuse { kNever, kByNextKernel };
 
 template <Reuse kReuse, class Word>
@@ -67,16 +83,13 @@ FASTREMEDY_DEVICE void store_word(char* address, Word word) {
   __stcs(as_global(reinterpret_cast<Word*>(address)), word);
 }
 
-// Elements [i, i + kWidth) of an array; kWidth is 1 or that of an aligned vector.
+// Elements [i, i + kWidth) from `data` on; kWidth is 1 or that of an aligned vector.
 template <class T, int kWidth, Reuse kReuse = Reuse::kNever>
-FASTREMEDY_DEVICE Stored<T, kWidth> load(const void* data, DType dtype, int64_t i) {
+FASTREMEDY_DEVICE Stored<T, kWidth> load(const char* data, DType dtype, int32_t i) {
   const int size = element_size(dtype);
-  const char* address = static_cast<const char*>(data) + i * size;
+  const char* address = data + static_cast<int64_t>(i) * size;
   Stored<T, kWidth> stored;
-  const auto set = [&](int first, auto word) {
-    constexpr int kWords = sizeof(word) / sizeof(uint32_t);
-    memcpy(stored.words + first, &word, kWords * sizeof(uint32_t));
-  };
+  const auto set = [&](int first, auto word) { memcpy(stored.words + first, &word, sizeof(word)); };
   if constexpr (kWidth == 1) {
     if (size == 2) stored.words[0] = load_word<kReuse, uint16_t>(address);
     if (size == 4) stored.words[0] = load_word<kReuse, uint32_t>(address);
@@ -85,20 +98,24 @@ FASTREMEDY_DEVICE Stored<T, kWidth> load(const void* data, DType dtype, int64_t 
     }
   } else {
     const int bytes = kWidth * size;
-    if (bytes == 8) {
+    if (bytes == 4) {
+      set(0, load_word<kReuse, uint32_t>(address));
+    } else if (bytes == 8) {
       set(0, load_word<kReuse, uint2>(address));
     } else {
       set(0, load_word<kReuse, uint4>(address));
-      if (bytes == 32) set(4, load_word<kReuse, uint4>(address + kAccessBytes));
+      if constexpr (sizeof(stored) > kAccessBytes) {
+        if (bytes > kAccessBytes) set(4, load_word<kReuse, uint4>(address + kAccessBytes));
+      }
     }
   }
   return stored;
 }
 
 template <class T, int kWidth>
-FASTREMEDY_DEVICE void store(void* data, DType dtype, int64_t i, const Stored<T, kWidth>& stored) {
+FASTREMEDY_DEVICE void store(char* data, DType dtype, int32_t i, const Stored<T, kWidth>& stored) {
   const int size = element_size(dtype);
-  char* address = static_cast<char*>(data) + i * size;
+  char* address = data + static_cast<int64_t>(i) * size;
   const uint32_t* words = stored.words;
   if constexpr (kWidth == 1) {
     if (size == 2) store_word(address, static_cast<uint16_t>(words[0]));
@@ -108,37 +125,39 @@ FASTREMEDY_DEVICE void store(void* data, DType dtype, int64_t i, const Stored<T,
     }
   } else {
     const int bytes = kWidth * size;
-    if (bytes == 8) {
+    if (bytes == 4) {
+      store_word(address, words[0]);
+    } else if (bytes == 8) {
       store_word(address, uint2{words[0], words[1]});
     } else {
       store_word(address, uint4{words[0], words[1], words[2], words[3]});
-      if (bytes == 32) {
-        store_word(address + kAccessBytes, uint4{words[4], words[5], words[6], words[7]});
+      if constexpr (sizeof(stored) > kAccessBytes) {
+        if (bytes > kAccessBytes) {
+          store_word(address + kAccessBytes, uint4{words[4], words[5], words[6], words[7]});
+        }
       }
     }
   }
 }
 
+// float64 is there only where T is double.
 template <class T, int kWidth>
 FASTREMEDY_DEVICE void unpack(const Stored<T, kWidth>& stored, DType dtype, T (&values)[kWidth]) {
   const auto each = [&](auto value_of) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) values[i] = value_of(i);
   };
-  switch (dtype) {
-    case DType::kFloat32:
-      return each([&](int i) { return bit_cast<float>(stored.words[i]); });
-    case DType::kBFloat16:
-      return each([&](int i) { return bfloat16_to_float(stored.half(i)); });
-    case DType::kFloat16:
-      return each([&](int i) { return float16_to_float(stored.half(i)); });
-    case DType::kFloat64:
-      if constexpr (sizeof(T) == 8) {
-        each([&](int i) {
-          const uint64_t high = stored.words[2 * i + 1];
-          return bit_cast<double>(high << 32 | stored.words[2 * i]);
-        });
-      }
+  if (dtype == DType::kBFloat16) {
+    each([&](int i) { return bfloat16_to_float(stored.half(i)); });
+  } else if (dtype == DType::kFloat16) {
+    each([&](int i) { return float16_to_float(stored.half(i)); });
+  } else if (sizeof(T) == sizeof(float) || dtype == DType::kFloat32) {
+    each([&](int i) { return bit_cast<float>(stored.words[i]); });
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    each([&](int i) {
+      const uint64_t high = stored.words[2 * i + 1];
+      return bit_cast<double>(high << 32 | stored.words[2 * i]);
+    });
   }
 }
 
@@ -149,53 +168,46 @@ FASTREMEDY_DEVICE Stored<T, kWidth> pack(const T (&values)[kWidth], DType dtype)
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) put(i);
   };
-  switch (dtype) {
-    case DType::kFloat32:
-      each([&](int i) { stored.words[i] = bit_cast<uint32_t>(static_cast<float>(values[i])); });
-      break;
-    case DType::kBFloat16:
-      each([&](int i) { stored.set_half(i, float_to_bfloat16(static_cast<float>(values[i]))); });
-      break;
-    case DType::kFloat16:
-      each([&](int i) { stored.set_half(i, float_to_float16(static_cast<float>(values[i]))); });
-      break;
-    case DType::kFloat64:
-      if constexpr (sizeof(T) == 8) {
-        each([&](int i) {
-          const uint64_t bits = bit_cast<uint64_t>(values[i]);
-          stored.words[2 * i] = static_cast<uint32_t>(bits);
-          stored.words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
-        });
-      }
+  if (dtype == DType::kBFloat16) {
+    each([&](int i) { stored.set_half(i, float_to_bfloat16(static_cast<float>(values[i]))); });
+  } else if (dtype == DType::kFloat16) {
+    each([&](int i) { stored.set_half(i, float_to_float16(static_cast<float>(values[i]))); });
+  } else if (sizeof(T) == sizeof(float) || dtype == DType::kFloat32) {
+    each([&](int i) { stored.words[i] = bit_cast<uint32_t>(static_cast<float>(values[i])); });
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    each([&](int i) {
+      const uint64_t bits = bit_cast<uint64_t>(values[i]);
+      stored.words[2 * i] = static_cast<uint32_t>(bits);
+      stored.words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+    });
   }
   return stored;
 }
 
-struct Range {
-  int64_t begin;
-  int64_t end;
-};
-
-FASTREMEDY_DEVICE Range range_of(Chunk chunk, int64_t numel) {
-  const int64_t begin = chunk.index * kChunkSize;
-  return {begin, numel - begin < kChunkSize ? numel : begin + kChunkSize};
-}
-
-// Gives each element of a range to one thread: visit(width, i) takes elements [i, i + width). Where
-// vectors do not fit (the tail, misaligned tensors) neighbouring threads take neighbouring elements.
-template <class T, int kUnroll, class Visit>
-FASTREMEDY_DEVICE void for_each_vec(Range range, bool is_aligned, Visit visit) {
+// Gives each of `size` elements to one thread: use(width, i, load(width, i)) for [i, i + width),
+// with kBatch loads under way at once. Where vectors do not fit (the tail, misaligned tensors)
+// neighbouring threads take neighbouring elements.
+template <class T, int kBatch, class Load, class Use>
+FASTREMEDY_DEVICE void for_each_vec(int32_t size, bool is_aligned, Load load, Use use) {
+  const auto visit = [&](auto width, int32_t begin, int32_t end) {
+    const int32_t step = static_cast<int32_t>(blockDim.x) * width.value;
+    int32_t i = begin + static_cast<int32_t>(threadIdx.x) * width.value;
+    if constexpr (kBatch > 1) {
+      for (; i + (kBatch - 1) * step < end; i += kBatch * step) {
+        decltype(load(width, i)) batch[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) batch[b] = load(width, i + b * step);
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) use(width, i + b * step, batch[b]);
+      }
+    }
+#pragma unroll 1
+    for (; i < end; i += step) use(width, i, load(width, i));
+  };
   constexpr int kWidth = kVecSize<T>;
-  const int64_t num_in_vecs = is_aligned ? (range.end - range.begin) / kWidth * kWidth : 0;
-  const int64_t vecs_end = range.begin + num_in_vecs;
-#pragma unroll kUnroll
-  for (int64_t i = range.begin + threadIdx.x * kWidth; i < vecs_end; i += blockDim.x * kWidth) {
-    visit(std::integral_constant<int, kWidth>(), i);
-  }
-#pragma unroll kUnroll
-  for (int64_t i = vecs_end + threadIdx.x; i < range.end; i += blockDim.x) {
-    visit(std::integral_constant<int, 1>(), i);
-  }
+  const int32_t vecs_end = is_aligned ? size / kWidth * kWidth : 0;
+  visit(std::integral_constant<int, kWidth>(), 0, vecs_end);
+  visit(std::integral_constant<int, 1>(), vecs_end, size);
 }
 
 // The combination of all threads' values, in all threads; always in the same order.

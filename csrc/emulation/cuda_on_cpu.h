@@ -1,4 +1,5 @@
-// The part of CUDA that the kernels use, for a C++ compiler without CUDA: see grid.h for how it runs.
+// The part of CUDA that the kernels use, for a C++ compiler without CUDA: see grid.h for how it
+// runs.
 //
 // Compile with -fno-strict-aliasing: kernels read memory through vectors of another type.
 #pragma once
@@ -13,6 +14,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 #define threadIdx (::fastremedy::emulation::current_thread()->index)
@@ -20,14 +22,14 @@
 #define blockDim (::fastremedy::emulation::current_thread()->block->size)
 #define gridDim (::fastremedy::emulation::current_thread()->block->grid)
 
-#define FASTREMEDY_SHARED(Type, name)                                                      \
+#define FASTREMEDY_SHARED(Type, name)                                                        \
   static const size_t name##_offset = ::fastremedy::emulation::reserve_shared(sizeof(Type)); \
-  Type& name = *static_cast<Type*>(                                                        \
-      ::fastremedy::emulation::shared_memory(name##_offset, sizeof(Type)))
+  Type& name =                                                                               \
+      *static_cast<Type*>(::fastremedy::emulation::shared_memory(name##_offset, sizeof(Type)))
 
-#define FASTREMEDY_LAUNCH(kernel, grid, block, stream, ...)            \
-  static_cast<void>(stream), ::fastremedy::emulation::launch(          \
-                                 grid, block, [=] { kernel(__VA_ARGS__); })
+#define FASTREMEDY_LAUNCH(kernel, grid, block, stream, ...) \
+  static_cast<void>(stream),                                \
+      ::fastremedy::emulation::launch(grid, block, [=] { kernel(__VA_ARGS__); })
 
 // Beside the kernels rather than in the global namespace: nothing here may stand in for the real
 // CUDA runtime of the same process.
@@ -114,21 +116,23 @@ inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 
-// Small enough to be quick, large enough that several blocks share the work.
+// Small enough to be quick, large enough that several blocks share the work. Tests change it.
+inline int num_multiprocessors = 3;
+
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::kResidentBlocks / 2;
+  *value = num_multiprocessors;
   return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  *blocks = 2;
+  *blocks = emulation::kResidentBlocks / 3;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
                                    cudaMemcpyKind, cudaStream_t stream) {
   if (stream != nullptr && stream->is_capturing) return cudaErrorInvalidValue;
-  std::memcpy(destination, source, bytes);
+  if (bytes > 0) std::memcpy(destination, source, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {

@@ -30,11 +30,19 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(address, size) static_cast<void>(0)
-#define ASAN_UNPOISON_MEMORY_REGION(address, size) static_cast<void>(0)
+#define ASAN_POISON_MEMORY_REGION(address, size) \
+  (static_cast<void>(address), static_cast<void>(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) \
+  (static_cast<void>(address), static_cast<void>(size))
 #endif
 
 namespace fastremedy::emulation {
+
+#ifdef FASTREMEDY_EMULATION_THREADS
+inline constexpr bool kHasRealThreads = true;
+#else
+inline constexpr bool kHasRealThreads = false;
+#endif
 
 inline constexpr int kWarpSize = 32;
 inline constexpr int kResidentBlocks = 6;
@@ -132,7 +140,8 @@ inline Thread*& current_thread() {
   return thread;
 }
 
-// Every variable in shared memory has one offset, the same in all blocks, and a gap before the next.
+// Every variable in shared memory has one offset, the same in all blocks, and a gap before the
+// next.
 inline size_t reserve_shared(size_t bytes) {
   constexpr size_t kAlignment = 64;
   static std::atomic<size_t> end{0};
@@ -141,7 +150,7 @@ inline size_t reserve_shared(size_t bytes) {
   return begin;
 }
 
-inline void* shared_memory(size_t offset, [[maybe_unused]] size_t bytes) {
+inline void* shared_memory(size_t offset, size_t bytes) {
   char* address = current_thread()->block->shared + offset;
   ASAN_UNPOISON_MEMORY_REGION(address, bytes);
   return address;
@@ -187,7 +196,8 @@ class Scheduler {
         num_done += running_->is_done;
         is_stuck = false;
       }
-      if (is_stuck) fail("deadlock: threads wait at a barrier that others of the block never reach");
+      if (is_stuck)
+        fail("deadlock: threads wait at a barrier that others of the block never reach");
     }
     current_thread() = nullptr;
   }
@@ -224,11 +234,14 @@ class Scheduler {
     fiber.context.uc_stack.ss_sp = stacks_.get() + i * kStackBytes;
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &main_;
-    makecontext(&fiber.context, [] {
-      Scheduler& scheduler = instance();
-      (*scheduler.body_)();
-      scheduler.running_->is_done = true;
-    }, 0);
+    makecontext(
+        &fiber.context,
+        [] {
+          Scheduler& scheduler = instance();
+          (*scheduler.body_)();
+          scheduler.running_->is_done = true;
+        },
+        0);
   }
 
   const Body* body_ = nullptr;

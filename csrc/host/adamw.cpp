@@ -13,50 +13,9 @@
 namespace fastremedy::host {
 namespace {
 
-// In the order in which read_hypers expects them.
-constexpr const char* kHyperNames[] = {
-    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
-constexpr size_t kNumHypers = std::size(kHyperNames);
-
-struct Names {
-  PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* hypers[kNumHypers];
-  Names() {
-    for (size_t i = 0; i < kNumHypers; ++i) hypers[i] = PyUnicode_InternFromString(kHyperNames[i]);
-  }
-};
-
-const Names& names() {
-  static const Names* const interned = new Names;
-  return *interned;
-}
-
-// A number, or a CPU tensor of one element; a CUDA tensor gives its pointer instead.
-double number_from(const py::object& value, const char* name, DLDevice device,
-                   const float** device_pointer) {
-  if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-  DLTensor tensor;
-  if (PyLong_Check(value.ptr()) || !read_tensor(value.ptr(), &tensor)) {
-    return value.cast<double>();
-  }
-  DType dtype;
-  if (numel_of(tensor) != 1 || !dtype_of(tensor, &dtype)) {
-    throw py::value_error(std::string(name) + " must be a number or a 1-element float tensor");
-  }
-  const void* data = data_of(tensor);
-  if (device_pointer != nullptr && is_cuda(device) && same_device(tensor.device, device) &&
-      dtype == DType::kFloat32) {
-    *device_pointer = static_cast<const float*>(data);
-    return 0;
-  }
-  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat32) {
-    return *static_cast<const float*>(data);
-  }
-  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat64) {
-    return *static_cast<const double*>(data);
-  }
-  throw py::value_error(std::string(name) +
-                        " as a tensor must be float32 on the parameters' device, or on the CPU");
+PyObject* params_name() {
+  static PyObject* const name = PyUnicode_InternFromString("params");
+  return name;
 }
 
 const float* scalar_pointer(const py::object& value, const char* name, DLDevice device) {
@@ -105,8 +64,8 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     tensor.group = item(columns.groups, i).cast<int32_t>();
     tensor.noise_stream = item(columns.streams, i).cast<uint32_t>();
     tensors_.push_back(tensor);
-    rows_.push_back({item(columns.owners, i), Layout(view), item(columns.indirect, i).cast<bool>(),
-                     item(columns.positions, i).cast<int32_t>()});
+    rows_.push_back(
+        {item(columns.owners, i), Layout(view), item(columns.indirect, i).cast<bool>()});
     for (const py::list* column : {&columns.params, &columns.exp_avgs, &columns.exp_avg_sqs,
                                    &columns.max_exp_avg_sqs, &columns.residuals, &columns.steps}) {
       keepalive_.push_back(item(*column, i));
@@ -116,12 +75,16 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     stateless_.push_back(py::reinterpret_borrow<py::object>(param));
   }
   for (const py::handle handle : param_groups) {
-    const py::list params = handle[names().params];
-    groups_.push_back({params, params.size(), std::vector<py::object>(kNumHypers)});
+    const py::list params = handle[params_name()];
+    Group group{params, {}, {}};
+    for (const py::handle param : params) {
+      group.members.push_back(py::reinterpret_borrow<py::object>(param));
+    }
+    groups_.push_back(std::move(group));
   }
   hypers_.resize(groups_.size());
   for (size_t g = 0; g < groups_.size(); ++g) {
-    read_hypers(item(param_groups, g), &groups_[g], &hypers_[g]);
+    groups_[g].hypers.read(item(param_groups, g), device_, &hypers_[g]);
   }
   for (const auto& [key, values] : state) {
     StateEntry entry{
@@ -164,55 +127,18 @@ bool AdamWTable::groups_match(const py::list& param_groups) {
   if (param_groups.size() != groups_.size()) return false;
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
-    if (PyDict_GetItemWithError(group, names().params) != groups_[g].params.ptr()) return false;
-    if (static_cast<size_t>(PyList_GET_SIZE(groups_[g].params.ptr())) != groups_[g].size) {
+    if (PyDict_GetItemWithError(group, params_name()) != groups_[g].params.ptr()) return false;
+    PyObject* params = groups_[g].params.ptr();
+    const std::vector<py::object>& members = groups_[g].members;
+    if (static_cast<size_t>(PyList_GET_SIZE(params)) != members.size()) return false;
+    for (size_t i = 0; i < members.size(); ++i) {
+      if (PyList_GET_ITEM(params, i) != members[i].ptr()) return false;
+    }
+    if (!groups_[g].hypers.read(py::reinterpret_borrow<py::dict>(group), device_, &hypers_[g])) {
       return false;
     }
-    if (!read_hypers(py::reinterpret_borrow<py::dict>(group), &groups_[g], &hypers_[g])) {
-      return false;
-    }
-  }
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    PyObject* params = groups_[tensors_[i].group].params.ptr();
-    if (PyList_GET_ITEM(params, rows_[i].position) != rows_[i].owner.ptr()) return false;
   }
   return true;
-}
-
-// False if the change concerns the table itself (amsgrad needs another state tensor).
-bool AdamWTable::read_hypers(const py::dict& group, Group* known, AdamWHyper* hyper) {
-  bool is_unchanged = true;
-  for (size_t i = 0; i < kNumHypers; ++i) {
-    PyObject* value = PyDict_GetItemWithError(group.ptr(), names().hypers[i]);
-    if (value == nullptr) {
-      throw py::key_error(std::string("param_groups: key '") + kHyperNames[i] + "' is missing");
-    }
-    if (known->values[i].ptr() == value) {
-      // Floats, bools and tuples of floats do not change; a tensor may.
-      if (i > 1 || PyFloat_CheckExact(value)) continue;
-      if (i == 1 && PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2 &&
-          PyFloat_CheckExact(PyTuple_GET_ITEM(value, 0)) &&
-          PyFloat_CheckExact(PyTuple_GET_ITEM(value, 1))) {
-        continue;
-      }
-    }
-    is_unchanged = false;
-    known->values[i] = py::reinterpret_borrow<py::object>(value);
-  }
-  if (is_unchanged) return true;
-
-  const bool was_amsgrad = hyper->amsgrad != 0;
-  hyper->lr_tensor = nullptr;
-  hyper->lr = number_from(known->values[0], "lr", device_, &hyper->lr_tensor);
-  const py::sequence betas = known->values[1];
-  hyper->beta1 = number_from(betas[0], "betas[0]", device_, nullptr);
-  hyper->beta2 = number_from(betas[1], "betas[1]", device_, nullptr);
-  hyper->eps = number_from(known->values[2], "eps", device_, nullptr);
-  hyper->weight_decay = number_from(known->values[3], "weight_decay", device_, nullptr);
-  hyper->amsgrad = PyObject_IsTrue(known->values[4].ptr());
-  hyper->maximize = PyObject_IsTrue(known->values[5].ptr());
-  hyper->decoupled_weight_decay = PyObject_IsTrue(known->values[6].ptr());
-  return was_amsgrad == (hyper->amsgrad != 0);
 }
 
 bool AdamWTable::state_matches(const py::dict& state) const {
@@ -238,7 +164,7 @@ bool AdamWTable::read_grad(PyObject* grad, size_t row) {
   if (!read_tensor(grad, &view) || !dtype_of(view, &dtype)) return false;
   const bool is_double = tensors_[row].param_dtype == DType::kFloat64;
   if (!same_device(view.device, device_) || is_double != (dtype == DType::kFloat64) ||
-      !rows_[row].layout.matches(view)) {
+      !rows_[row].layout.matches(view) || is_negated(grad, tensors_[row].numel)) {
     return false;
   }
   // Null means that there is no gradient; an empty one has to have some other address.
@@ -399,20 +325,19 @@ void AdamWTable::step_on_cuda(AdamWArgs args, uintptr_t base) {
 
 void bind_adamw(py::module_& module) {
   py::class_<AdamWTable>(module, "AdamWTable")
-      .def(py::init([](py::list owners, py::list params, py::list exp_avgs, py::list exp_avg_sqs,
-                       py::list max_exp_avg_sqs, py::list residuals, py::list steps,
-                       py::list groups, py::list positions, py::list streams, py::list indirect,
-                       const py::list& stateless, const py::list& param_groups,
-                       const py::dict& state, uintptr_t retained) {
-             return new AdamWTable({owners, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-                                    residuals, steps, groups, positions, streams, indirect},
-                                   stateless, param_groups, state, retained);
-           }),
-           py::kw_only(), py::arg("owners"), py::arg("params"), py::arg("exp_avgs"),
-           py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("residuals"),
-           py::arg("steps"), py::arg("groups"), py::arg("positions"), py::arg("streams"),
-           py::arg("indirect"), py::arg("stateless"), py::arg("param_groups"), py::arg("state"),
-           py::arg("retained"))
+      .def(
+          py::init([](py::list owners, py::list params, py::list exp_avgs, py::list exp_avg_sqs,
+                      py::list max_exp_avg_sqs, py::list residuals, py::list steps, py::list groups,
+                      py::list streams, py::list indirect, const py::list& stateless,
+                      const py::list& param_groups, const py::dict& state, uintptr_t retained) {
+            return new AdamWTable({owners, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+                                   residuals, steps, groups, streams, indirect},
+                                  stateless, param_groups, state, retained);
+          }),
+          py::kw_only(), py::arg("owners"), py::arg("params"), py::arg("exp_avgs"),
+          py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("residuals"),
+          py::arg("steps"), py::arg("groups"), py::arg("streams"), py::arg("indirect"),
+          py::arg("stateless"), py::arg("param_groups"), py::arg("state"), py::arg("retained"))
       .def("gather", &AdamWTable::gather, py::arg("param_groups"), py::arg("state"))
       .def("set_grad", &AdamWTable::set_grad, py::arg("row"), py::arg("grad"))
       .def_property_readonly("num_grads", &AdamWTable::num_grads)

@@ -8,6 +8,7 @@
 
 #include "../core/arguments.h"
 #include "device.h"
+#include "hyper.h"
 #include "retained_tensors.h"
 
 namespace fastremedy::host {
@@ -21,10 +22,9 @@ struct AdamWColumns {
   py::list max_exp_avg_sqs;  // None without amsgrad
   py::list residuals;        // None without
   py::list steps;
-  py::list groups;     // index of the param group
-  py::list positions;  // index in the param group's list
-  py::list streams;    // keys the noise of stochastic rounding
-  py::list indirect;   // True: Python hands the gradient over (complex, gaps in memory)
+  py::list groups;    // index of the param group
+  py::list streams;   // keys the noise of stochastic rounding
+  py::list indirect;  // True: Python hands the gradient over (complex, gaps in memory)
 };
 
 class AdamWTable {
@@ -68,12 +68,11 @@ class AdamWTable {
     py::object owner;
     Layout layout;
     bool is_indirect;
-    int32_t position;
   };
   struct Group {
     py::object params;
-    size_t size;
-    std::vector<py::object> values;  // the hyper-parameters as last read
+    std::vector<py::object> members;
+    HyperReader hypers;
   };
   struct StateEntry {
     py::object key;
@@ -82,7 +81,6 @@ class AdamWTable {
   };
 
   bool groups_match(const py::list& param_groups);
-  bool read_hypers(const py::dict& group, Group* known, AdamWHyper* hyper);
   bool state_matches(const py::dict& state) const;
   bool read_grad(PyObject* grad, size_t row);
   AdamWArgs arguments(const Step& step);

@@ -21,7 +21,8 @@ void GradList::add(py::object tensor) {
   if (tensor.is_none()) return;
   DLTensor view;
   GradTensor grad{};
-  if (!read_tensor(tensor.ptr(), &view) || !dtype_of(view, &grad.dtype) || !is_dense(view)) {
+  if (!read_tensor(tensor.ptr(), &view) || !dtype_of(view, &grad.dtype) || !is_dense(view) ||
+      is_negated(tensor.ptr(), numel_of(view))) {
     is_uniform_ = false;
   } else {
     if (grads_.empty()) device_ = view.device;
@@ -32,6 +33,23 @@ void GradList::add(py::object tensor) {
   }
   grads_.push_back(grad);
   owners_.push_back(std::move(tensor));
+}
+
+// Open addressing at half load: the tensors of one call, a few microseconds per thousand.
+bool GradList::has_duplicates() const {
+  size_t capacity = 2;
+  while (capacity < 2 * grads_.size()) capacity *= 2;
+  std::vector<const void*> slots(capacity);
+  for (const GradTensor& grad : grads_) {
+    if (grad.data == nullptr) continue;
+    const uint64_t hash = reinterpret_cast<uintptr_t>(grad.data) * 0x9e3779b97f4a7c15ull;
+    size_t i = (hash >> 32) & (capacity - 1);
+    for (; slots[i] != nullptr; i = (i + 1) & (capacity - 1)) {
+      if (slots[i] == grad.data) return true;
+    }
+    slots[i] = grad.data;
+  }
+  return false;
 }
 
 py::list GradList::tensors() const {
@@ -138,6 +156,7 @@ void bind_clip_grad_norm(py::module_& module) {
   py::class_<GradList>(module, "GradList")
       .def(py::init<const py::list&, bool>(), py::arg("tensors"), py::arg("from_grad"))
       .def_property_readonly("is_uniform", &GradList::is_uniform)
+      .def_property_readonly("has_duplicates", &GradList::has_duplicates)
       .def_property_readonly("has_float64", &GradList::has_float64)
       .def_property_readonly("tensors", &GradList::tensors)
       .def("workspace_bytes", &GradList::workspace_bytes)

@@ -13,6 +13,8 @@ class GradList {
 
   // Whether kernels can take all of them as they are: one device, dense, float dtypes.
   bool is_uniform() const { return is_uniform_; }
+  // Whether some memory comes twice: threads would scale it at the same time.
+  bool has_duplicates() const;
   bool has_float64() const { return has_float64_; }
   size_t size() const { return grads_.size(); }
   py::list tensors() const;

@@ -17,6 +17,10 @@ namespace py = pybind11;
 // has no plain memory: sparse tensors, meta tensors, subclasses that wrap others.
 bool read_tensor(PyObject* tensor, DLTensor* out);
 
+// Whether the elements carry torch's lazy minus sign, which DLPack does not show. torch gives it to
+// imaginary parts: views with stride 2, dense only if there is one element. Others are not asked.
+bool is_negated(PyObject* tensor, int64_t numel);
+
 // Returns tensor.grad, a new reference.
 py::object grad_of(PyObject* tensor);
 

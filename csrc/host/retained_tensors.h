@@ -1,5 +1,5 @@
 // Tensors held through the stable ABI. Asking one for its data pointer takes a few nanoseconds,
-// where DLPack takes forty: that makes it affordable to notice `param.data = ...` at every step.
+// where DLPack takes twenty: that makes it affordable to notice `tensor.data = ...` at every step.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,8 @@ namespace fastremedy {
 
 struct RetainedTensors;
 
-// Whether every tensor still has the data pointer that it had when it was retained.
+// Whether parameters and state still lie where they lay when they were retained, and the
+// parameters have the same sizes and strides.
 bool is_in_place(const RetainedTensors* tensors);
 
 void release(RetainedTensors* tensors);

@@ -142,7 +142,8 @@ def _update_one(
     denom = second_moment.sqrt() * bias_correction2.rsqrt().to(opmath) + hyper.eps
     update = step_size * (exp_avg / denom)
     if hyper.decoupled_weight_decay:
-        update = update + _scalar(lr * hyper.weight_decay, opmath) * param
+        decay = _scalar(lr * hyper.weight_decay, opmath) * param
+        update = update + torch.where(param.isfinite(), decay, 0.0)  # infinity stays infinity
     param = param - update
 
     _store_param(stored, columns.residuals[row], param, options, columns.streams[row], step, skip)

@@ -65,9 +65,18 @@ def scale_(grads: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiply by a float64 scalar; halves are multiplied in float32, which keeps small factors."""
     if not coefficient.is_cuda and coefficient.item() == 1.0:
         return  # on CUDA asking would wait for the device
-    for grad in grads:
+    for grad in map(_without_repeats, grads):
         factor = coefficient.to(grad.device)
         if grad.dtype in _HALF:
             grad.copy_(grad.float().mul_(factor.float()))
         else:
             grad.mul_(factor)
+
+
+def _without_repeats(grad: Tensor) -> Tensor:
+    """Return a view that holds the elements of an expanded gradient once each."""
+    if grad.layout == torch.strided:
+        for dim, stride in enumerate(grad.stride()):
+            if stride == 0 and grad.size(dim) > 1:
+                grad = grad.narrow(dim, 0, 1)
+    return grad

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import _native, backends
 from . import clip_grad_norm as definition
 
-_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _workspaces: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -63,14 +63,18 @@ def clip_grad_norm_(
     backend = backends.active("clip_grad_norm", first.device)
     if backend in ("cpu", "cuda"):
         native = _native.module_for(backend).GradList(tensors, from_grad)
-        if native.is_uniform:
+        if native.is_uniform and (max_norm == math.inf or not native.has_duplicates):
             return _clip_native(native, first, max_norm, norm_type)
         grads = native.tensors
     else:
         grads = [grad for t in tensors if (grad := t.grad if from_grad else t) is not None]
     if backend == "torch":
         return definition.clip_grad_norm_(grads, max_norm, norm_type)
-    if backend == "triton" and _is_uniform(grads):
+    if (
+        backend == "triton"
+        and _is_uniform(grads)
+        and (max_norm == math.inf or not _has_duplicates(grads))
+    ):
         return _clip_triton(grads, max_norm, norm_type)
     return _clip_mixed(grads, max_norm, norm_type)
 
@@ -96,12 +100,19 @@ def _is_uniform(grads: list[Tensor]) -> bool:
     device = grads[0].device
     return all(
         grad.device == device
-        and grad.dtype in _KERNEL_DTYPES
+        and grad.dtype in KERNEL_DTYPES
         and grad.layout == torch.strided
         and not is_traceable_wrapper_subclass(grad)
+        and not grad.is_neg()
         and is_dense(grad)
         for grad in grads
     )
+
+
+def _has_duplicates(grads: list[Tensor]) -> bool:
+    """Whether some memory comes twice: programs would scale it at the same time."""
+    addresses = [grad.data_ptr() for grad in grads if grad.numel() > 0]
+    return len(set(addresses)) < len(addresses)
 
 
 def _clip_triton(grads: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
@@ -137,15 +148,17 @@ def _readable(grad: Tensor) -> Tensor:
     """Return the gradient, or a dense real copy with the same norm."""
     if grad.is_complex():
         return grad.abs()
+    grad = grad.resolve_neg()
     return grad if is_dense(grad) else grad.contiguous()
 
 
 def grad_norm_on(device: torch.device, grads: list[Tensor], norm_type: float) -> Tensor:
     """Return the norm of dense real gradients of one device."""
     backend = backends.active("clip_grad_norm", device)
-    if backend == "torch":
-        return definition.grad_norm(grads, norm_type)
-    if backend == "triton":
+    if backend == "triton" and _is_uniform(grads):
         return _clip_triton(grads, math.inf, norm_type)
-    native = _native.module_for(backend).GradList(grads, False)
-    return _clip_native(native, grads[0], math.inf, norm_type)
+    if backend in ("cpu", "cuda"):
+        native = _native.module_for(backend).GradList(grads, False)
+        if native.is_uniform:
+            return _clip_native(native, grads[0], math.inf, norm_type)
+    return definition.grad_norm(grads, norm_type)

@@ -102,7 +102,7 @@ def _adamw_(
         [0] * count,
         list(range(count)),
     )
-    rows = Rows(device, columns, list(params), list(range(count)), [False] * count)
+    rows = Rows(device, columns, list(params), [False] * count)
     table = make_table(backends.active("adamw", device), rows, [group], {})
     for row, grad in enumerate(grads):
         table.set_grad(row, grad)

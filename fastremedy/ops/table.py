@@ -25,12 +25,11 @@ Group = dict[str, Any]
 
 @dataclass
 class Rows:
-    """The parameters with state of one device, and where they stand in the optimizer."""
+    """The parameters with state of one device."""
 
     device: torch.device
     columns: Columns
     owners: list[Tensor] = field(default_factory=list)  # as the param groups hold them
-    positions: list[int] = field(default_factory=list)  # in the group's list
     indirect: list[bool] = field(default_factory=list)  # the kernels see a copy or a real view
     stateless: list[Tensor] = field(default_factory=list)  # have had no gradient so far
 
@@ -38,6 +37,17 @@ class Rows:
     def has_indirect(self) -> bool:
         """Whether any row is indirect."""
         return any(self.indirect)
+
+    def packed(self) -> list[tuple[Tensor, Tensor]]:
+        """Return parameters with gaps in memory and the dense copies that kernels update."""
+        if not self.has_indirect:
+            return []
+        works = zip(self.owners, self.columns.params, self.indirect, strict=True)
+        return [
+            (owner, torch.view_as_complex(work) if owner.is_complex() else work)
+            for owner, work, indirect in works
+            if indirect and work.data_ptr() != owner.data_ptr() and owner.grad is not None
+        ]
 
 
 class Table(Protocol):
@@ -79,7 +89,11 @@ class NativeTable:
         columns = rows.columns
         retained = 0
         if module is _native.library() and columns.params:
-            retained = torch.ops.fastremedy._retain_tensors(columns.params)
+            state_columns = (columns.exp_avgs, columns.exp_avg_sqs, columns.max_exp_avg_sqs)
+            tensors = [t for column in (*state_columns, columns.residuals) for t in column]
+            retained = torch.ops.fastremedy._retain_tensors(
+                columns.params, [tensor for tensor in tensors if tensor is not None]
+            )
         self._table = module.AdamWTable(
             owners=rows.owners,
             params=columns.params,
@@ -89,7 +103,6 @@ class NativeTable:
             residuals=columns.residuals,
             steps=columns.steps,
             groups=columns.groups,
-            positions=rows.positions,
             streams=columns.streams,
             indirect=rows.indirect,
             stateless=rows.stateless,
@@ -186,6 +199,10 @@ class PythonTable:
 
     def set_grad(self, row: int, grad: Tensor) -> None:
         """Set a gradient with the layout of the row's parameter."""
+        if not _matches(grad, self._rows.columns.params[row]):
+            raise ValueError(
+                f"gradient of row {row} must have the parameter's device, dtype, shape and strides"
+            )
         self._grads[row] = grad
 
     def step(self, options: Options, num_skipped: Tensor) -> Outcome:
@@ -206,10 +223,12 @@ def _matches(grad: Tensor, param: Tensor) -> bool:
     same_kind = (grad.dtype == torch.float64) == (param.dtype == torch.float64)
     return (
         same_kind
+        and grad.dtype in dispatch.KERNEL_DTYPES
         and grad.layout == torch.strided
         and grad.device == param.device
         and grad.shape == param.shape
         and grad.stride() == param.stride()
+        and not grad.is_neg()
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,16 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import backends
-from ..ops import dispatch
 from ..ops.adamw import Options
-from ..ops.clip_grad_norm import clip_coefficient, norm_dtype, total_norm
-from ..ops.table import Rows, Table, make_table
-from .rows import aligned_grad, fits, init_state, make_rows, raise_misfit
+from .options import check_options, fold_over_devices, on_device
+from .tables import Tables, name_of
 
-_NONFINITE = ("propagate", "skip", "error")
-_LOW_PRECISION = (None, "stochastic", "kahan", "master")
-_STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Without the wrapper that torch puts around the step of every class it instantiates: ours has one.
+_STEP_OF_TORCH = inspect.unwrap(torch.optim.Adam.step, stop=lambda f: not hasattr(f, "hooked"))
 
 
 class Adam(torch.optim.Adam):
@@ -65,7 +61,7 @@ class Adam(torch.optim.Adam):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         """See :class:`AdamW` for the arguments."""
-        _check_options(max_grad_norm, norm_type, nonfinite, low_precision, state_dtype)
+        check_options(max_grad_norm, norm_type, nonfinite, low_precision, state_dtype)
         if differentiable and (max_grad_norm, nonfinite, low_precision, state_dtype) != (
             None,
             "propagate",
@@ -81,7 +77,7 @@ class Adam(torch.optim.Adam):
         self.nonfinite = nonfinite
         self.low_precision = low_precision
         self.state_dtype = torch.float32 if low_precision == "master" else state_dtype
-        self._reset_tables()
+        self._tables = Tables(self.low_precision, self.state_dtype)
         self._grad_norm: Tensor | None = None
         self._num_skipped: dict[torch.device, Tensor] = {}
         torch.optim.Adam.__init__(
@@ -125,10 +121,20 @@ class Adam(torch.optim.Adam):
 
     # --- life cycle ---
 
-    def _reset_tables(self) -> None:
-        self._tables: list[tuple[Rows, Table]] | None = None
-        self._table_backend: object = None
-        self._captured: list[Table] = []  # a CUDA graph uses their memory as long as it lives
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as :meth:`torch.optim.Optimizer.add_param_group` does.
+
+        Raises:
+            ValueError: a parameter is in the group twice, where torch warns and updates it twice.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
+            super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        if len({id(param) for param in params}) < len(params):
+            self.param_groups.pop()
+            twice = next(i for i, p in enumerate(params) if any(p is q for q in params[:i]))
+            raise ValueError(f"a parameter must be in a group once, got params[{twice}] again")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: options and torch's part, no tables."""
@@ -140,7 +146,7 @@ class Adam(torch.optim.Adam):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_num_skipped", {})
-        self._reset_tables()
+        self._tables = Tables(self.low_precision, self.state_dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class, or of any flavour of :class:`torch.optim.AdamW`.
@@ -148,10 +154,30 @@ class Adam(torch.optim.Adam):
         Differs in: state tensors keep the dtype they were saved in, where torch casts them to the
         parameter's; ``foreach``, ``fused``, ``capturable`` and ``differentiable`` stay as they are.
         """
+        final = state_dict
+
+        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            nonlocal final
+            final = loaded
+
         flags = ("foreach", "fused", "capturable", "differentiable")
         before = [{flag: group[flag] for flag in flags} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, before, strict=True):
+        # Around the user's hooks: after those that change the dict, before those that change us.
+        hooks = (
+            self.register_load_state_dict_pre_hook(remember),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore(final, before), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore(self, state_dict: dict[str, Any], flags: list[dict[str, Any]]) -> None:
+        """Undo what torch's loading does to dtypes and flags."""
+        for group, kept in zip(self.param_groups, flags, strict=True):
             group.update(kept)
             if self.low_precision == "stochastic":
                 group.setdefault("noise_seed", self.defaults["noise_seed"])
@@ -160,9 +186,9 @@ class Adam(torch.optim.Adam):
         for index, param in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 loaded = self.state[param].get(name)
-                if isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                both = isinstance(loaded, Tensor) and isinstance(value, Tensor)
+                if both and loaded.dtype != value.dtype:
                     self.state[param][name] = value.to(param.device, copy=True)
-        self._reset_tables()
 
     # --- the step ---
 
@@ -181,8 +207,8 @@ class Adam(torch.optim.Adam):
                 Whatever is raised, nothing was changed.
         """
         if self.defaults["differentiable"]:
-            return super().step(closure)
-        if self._tables is None and self._wraps_tensors():
+            return _STEP_OF_TORCH(self, closure)
+        if not self._tables.are_built and self._wraps_tensors():
             return self._step_of_torch(closure)
         loss = None
         if closure is not None:
@@ -205,16 +231,14 @@ class Adam(torch.optim.Adam):
                 "parameters that wrap other tensors (DTensor) run torch's own update, which has no "
                 "max_grad_norm, nonfinite or low_precision"
             )
-        if self._table_backend != "torch.optim":
-            warnings.warn(
-                "fastremedy: parameters that wrap other tensors (DTensor) run torch's own update",
-                stacklevel=3,
-            )
-            self._table_backend = "torch.optim"
-        return super().step(closure)
+        warnings.warn(
+            "fastremedy: parameters that wrap other tensors (DTensor) run torch's own update",
+            stacklevel=3,
+        )
+        return _STEP_OF_TORCH(self, closure)
 
     def _update(self) -> None:
-        tables = self._gathered_tables()
+        tables = self._tables.gather(self.param_groups, self.state)
         options = Options(
             self.max_grad_norm,
             self.norm_type,
@@ -225,14 +249,12 @@ class Adam(torch.optim.Adam):
             self.param_groups[0].get("noise_seed", 0),
         )
         if len(tables) > 1 and options.needs_norm:
-            options = self._options_over_devices(tables, options)
+            options, self._grad_norm = fold_over_devices([rows for rows, _ in tables], options)
         for rows, table in tables:
-            packed = _packed(rows)
+            packed = rows.packed()
             for owner, work in packed:
                 work.copy_(owner)
-            if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                self._captured.append(table)
-            outcome = table.step(_on_device(options, rows.device), self._num_skipped[rows.device])
+            outcome = table.step(on_device(options, rows.device), self._count_on(rows.device))
             for owner, work in packed:
                 owner.copy_(work)
             if outcome.total_norm is not None:
@@ -240,85 +262,10 @@ class Adam(torch.optim.Adam):
         if self.nonfinite == "error":
             self._raise_if_nonfinite(options.found_inf)
 
-    def _gathered_tables(self) -> list[tuple[Rows, Table]]:
-        """Return tables that have read this step's gradients."""
-        for _ in range(2):
-            if self._tables is None or self._table_backend != backends.choice():
-                self._build_tables()
-            assert self._tables is not None
-            for rows, table in self._tables:
-                unread = table.gather(self.param_groups, self.state)
-                if unread is None:
-                    self._tables = None
-                    break
-                for row in unread:
-                    owner = rows.owners[row]
-                    assert owner.grad is not None
-                    if not fits(owner, owner.grad):
-                        raise_misfit(owner, owner.grad, self._name(owner))
-                    table.set_grad(row, aligned_grad(owner.grad, rows.columns.params[row]))
-            else:
-                return self._tables
-        raise RuntimeError("param_groups or state changed while the step was reading them")
-
-    def _build_tables(self) -> None:
-        """Create missing state and one table for every device."""
-        fresh: dict[torch.device, list[tuple[Tensor, bool]]] = {}
-        devices: dict[torch.device, None] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                devices[param.device] = None
-                if param.grad is None:
-                    continue
-                if not fits(param, param.grad):
-                    raise_misfit(param, param.grad, self._name(param))
-                if not self.state.get(param):
-                    fresh.setdefault(param.device, []).append((param, group["amsgrad"]))
-        if any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the optimizer has new state to create, which a CUDA graph cannot capture: run "
-                "at least one step with all gradients before the capture"
-            )
-        for params in fresh.values():
-            init_state(params, self.state, self.state_dtype)
-        rounding = self.low_precision or "nearest"
-        self._tables = []
-        for device in devices:
-            rows = make_rows(self.param_groups, self.state, device, rounding)
-            backend = backends.active("adamw", device)
-            if device not in self._num_skipped:
-                self._num_skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
-            self._tables.append((rows, make_table(backend, rows, self.param_groups, self.state)))
-        self._table_backend = backends.choice()
-
-    def _options_over_devices(self, tables: list[tuple[Rows, Table]], options: Options) -> Options:
-        """Fold norm, clipping and checks over several devices into grad_scale and found_inf."""
-        norms = []
-        for rows, _ in tables:
-            grads = [owner.grad for owner in rows.owners if owner.grad is not None]
-            if grads:
-                norms.append(
-                    dispatch.clip_grad_norm_(grads, math.inf, options.norm_type, from_grad=False)
-                )
-        if not norms:
-            return options
-        norm = total_norm([norm.reshape(1) for norm in norms], options.norm_type)
-        scale = torch.ones_like(norm)
-        if options.grad_scale is not None:
-            scale = options.grad_scale.to(norm.device, torch.float64).reshape(())
-            norm = norm / scale
-        if options.max_norm is not None:
-            scale = scale / clip_coefficient(norm, options.max_norm)
-        found_inf = options.found_inf
-        if options.skip_nonfinite:
-            nonfinite = (~norm.isfinite()).float()
-            if found_inf is not None:
-                nonfinite = nonfinite + found_inf.to(norm.device).reshape(())
-            found_inf = nonfinite
-        self._grad_norm = norm.to(norm_dtype(norms))
-        return options._replace(
-            max_norm=None, skip_nonfinite=False, grad_scale=scale, found_inf=found_inf
-        )
+    def _count_on(self, device: torch.device) -> Tensor:
+        if device not in self._num_skipped:
+            self._num_skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._num_skipped[device]
 
     def _raise_if_nonfinite(self, found_inf: Tensor | None) -> None:
         norm = self._grad_norm
@@ -329,19 +276,10 @@ class Adam(torch.optim.Adam):
                 if param.grad is not None and not bool(param.grad.isfinite().all()):
                     bad = int((~param.grad.isfinite()).sum())
                     raise RuntimeError(
-                        f"gradient of {self._name(param)} must be finite, "
+                        f"gradient of {name_of(param, self.param_groups)} must be finite, "
                         f"got {bad} NaN or infinite of {param.grad.numel()} elements; "
                         "nothing was changed"
                     )
-
-    def _name(self, param: Tensor) -> str:
-        for g, group in enumerate(self.param_groups):
-            for i, other in enumerate(group["params"]):
-                if other is param:
-                    place = f"param_groups[{g}]['params'][{i}]"
-                    names: Iterable[str] | None = group.get("param_names")
-                    return f"{list(names)[i]} ({place})" if names else place
-        return "an unknown parameter"
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -438,48 +376,3 @@ class AdamW(Adam, torch.optim.AdamW):
             low_precision=low_precision,
             state_dtype=state_dtype,
         )
-
-
-def _check_options(
-    max_grad_norm: float | None,
-    norm_type: float,
-    nonfinite: str,
-    low_precision: str | None,
-    state_dtype: torch.dtype | None,
-) -> None:
-    if max_grad_norm is not None and not max_grad_norm >= 0:
-        raise ValueError(f"max_grad_norm must be None or a number >= 0, got {max_grad_norm}")
-    if not norm_type > 0:
-        raise ValueError(f"norm_type must be a number > 0 or inf, got {norm_type}")
-    if nonfinite not in _NONFINITE:
-        raise ValueError(f"nonfinite must be one of {_NONFINITE}, got {nonfinite!r}")
-    if low_precision not in _LOW_PRECISION:
-        raise ValueError(f"low_precision must be one of {_LOW_PRECISION}, got {low_precision!r}")
-    if state_dtype not in _STATE_DTYPES:
-        raise ValueError(f"state_dtype must be one of {_STATE_DTYPES}, got {state_dtype!r}")
-
-
-def _packed(rows: Rows) -> list[tuple[Tensor, Tensor]]:
-    """Return the parameters with gaps in memory and the dense copies that kernels update."""
-    if not rows.has_indirect:
-        return []
-    works = zip(rows.owners, rows.columns.params, rows.indirect, strict=True)
-    return [
-        (owner, torch.view_as_complex(work) if owner.is_complex() else work)
-        for owner, work, indirect in works
-        if indirect and work.data_ptr() != owner.data_ptr() and owner.grad is not None
-    ]
-
-
-def _on_device(options: Options, device: torch.device) -> Options:
-    """Return the options with AMP's scalars as float32 on a device."""
-    if options.grad_scale is None and options.found_inf is None:
-        return options
-    return options._replace(
-        grad_scale=_scalar_on(options.grad_scale, device),
-        found_inf=_scalar_on(options.found_inf, device),
-    )
-
-
-def _scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device, torch.float32).reshape(())

@@ -100,7 +100,7 @@ def make_rows(
     key = RESIDUAL_KEYS.get(low_precision)
     stream = 0
     for g, group in enumerate(param_groups):
-        for position, param in enumerate(group["params"]):
+        for param in group["params"]:
             stream += 1
             if param.device != device:
                 continue
@@ -111,7 +111,6 @@ def make_rows(
             adopt_state(param, values, group["amsgrad"], low_precision)
             dense = is_dense(param)
             rows.owners.append(param)
-            rows.positions.append(position)
             rows.indirect.append(param.is_complex() or not dense)
             work = param if dense else torch.empty_like(param, memory_format=torch.preserve_format)
             residual = values[key] if key is not None and param.dtype in _HALF else None

@@ -1,0 +1,31 @@
+"""Clip + AdamW step against ``clip_grad_norm_`` + ``torch.optim.AdamW``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastremedy import bench
+
+# Parameter and both moments are read and written, the gradient is read twice.
+ACCESSES = 8
+
+
+@pytest.mark.parametrize(("device", "case"), bench.cases_on_devices(), ids=str)
+def bench_step(device: torch.device, case: bench.Case, compare: Callable[..., None]) -> None:
+    candidates = bench.adamw_candidates(case, device)
+    compare("adamw", case, candidates, device, bytes_per_element=ACCESSES * case.dtype.itemsize)
+
+
+def bench_step_with_many_groups(device: torch.device, compare: Callable[..., None]) -> None:
+    case = bench.GROUPED_CASE
+    candidates = bench.grouped_candidates(case, device)
+    compare("adamw", case, candidates, device, note="465 groups of 2 tensors")
+
+
+def bench_step_against_compiled(device: torch.device, compare: Callable[..., None]) -> None:
+    case = bench.COMPILED_CASE
+    candidates = bench.compiled_candidates(case, device)
+    compare("adamw", case, candidates, device, note="against torch.compile")

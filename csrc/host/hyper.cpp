@@ -1,0 +1,94 @@
+#include "hyper.h"
+
+#include <iterator>
+#include <string>
+#include <utility>
+
+namespace fastremedy::host {
+namespace {
+
+// In the order in which HyperReader::read expects them.
+constexpr const char* kHyperNames[] = {
+    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"};
+constexpr size_t kNumHypers = std::size(kHyperNames);
+
+PyObject* const* hyper_names() {
+  static PyObject* const* const interned = [] {
+    auto** names = new PyObject*[kNumHypers];
+    for (size_t i = 0; i < kNumHypers; ++i) names[i] = PyUnicode_InternFromString(kHyperNames[i]);
+    return names;
+  }();
+  return interned;
+}
+
+// A number, or a CPU tensor of one element; a CUDA tensor gives its pointer instead.
+double number_from(const py::object& value, const char* name, DLDevice device,
+                   const float** device_pointer) {
+  if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  DLTensor tensor;
+  if (PyLong_Check(value.ptr()) || !read_tensor(value.ptr(), &tensor)) {
+    return value.cast<double>();
+  }
+  DType dtype;
+  if (numel_of(tensor) != 1 || !dtype_of(tensor, &dtype)) {
+    throw py::value_error(std::string(name) + " must be a number or a 1-element float tensor");
+  }
+  const void* data = data_of(tensor);
+  if (device_pointer != nullptr && is_cuda(device) && same_device(tensor.device, device) &&
+      dtype == DType::kFloat32) {
+    *device_pointer = static_cast<const float*>(data);
+    return 0;
+  }
+  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat32) {
+    return *static_cast<const float*>(data);
+  }
+  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat64) {
+    return *static_cast<const double*>(data);
+  }
+  throw py::value_error(std::string(name) +
+                        " as a tensor must be float32 on the parameters' device, or on the CPU");
+}
+
+// Whether the same object has the same value as before: a tensor, alone or in a tuple, may not.
+bool is_immutable(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+      if (!is_immutable(PyTuple_GET_ITEM(value, i))) return false;
+    }
+    return true;
+  }
+  return PyFloat_CheckExact(value) || PyBool_Check(value) || PyLong_CheckExact(value);
+}
+
+}  // namespace
+
+bool HyperReader::read(const py::dict& group, DLDevice device, AdamWHyper* hyper) {
+  bool is_unchanged = !known_.empty();
+  std::vector<py::object> values(kNumHypers);
+  for (size_t i = 0; i < kNumHypers; ++i) {
+    PyObject* value = PyDict_GetItemWithError(group.ptr(), hyper_names()[i]);
+    if (value == nullptr) {
+      throw py::key_error(std::string("param_groups: key '") + kHyperNames[i] + "' is missing");
+    }
+    is_unchanged = is_unchanged && known_[i].ptr() == value && is_immutable(value);
+    values[i] = py::reinterpret_borrow<py::object>(value);
+  }
+  if (is_unchanged) return true;
+
+  AdamWHyper next{};
+  next.lr = number_from(values[0], "lr", device, &next.lr_tensor);
+  const py::sequence betas = values[1];
+  next.beta1 = number_from(betas[0], "betas[0]", device, nullptr);
+  next.beta2 = number_from(betas[1], "betas[1]", device, nullptr);
+  next.eps = number_from(values[2], "eps", device, nullptr);
+  next.weight_decay = number_from(values[3], "weight_decay", device, nullptr);
+  next.amsgrad = PyObject_IsTrue(values[4].ptr());
+  next.maximize = PyObject_IsTrue(values[5].ptr());
+  next.decoupled_weight_decay = PyObject_IsTrue(values[6].ptr());
+  const bool same_state = next.amsgrad == hyper->amsgrad;
+  *hyper = next;
+  known_ = std::move(values);  // after everything that can throw: a bad value is read again
+  return same_state;
+}
+
+}  // namespace fastremedy::host

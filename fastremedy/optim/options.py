@@ -1,0 +1,85 @@
+"""Options of the optimizers: checks, and how they reach the parameters of several devices."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..ops import dispatch
+from ..ops.adamw import Options
+from ..ops.clip_grad_norm import clip_coefficient, norm_dtype, total_norm
+from ..ops.table import Rows
+
+_NONFINITE = ("propagate", "skip", "error")
+_LOW_PRECISION = (None, "stochastic", "kahan", "master")
+_STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_options(
+    max_grad_norm: float | None,
+    norm_type: float,
+    nonfinite: str,
+    low_precision: str | None,
+    state_dtype: torch.dtype | None,
+) -> None:
+    """Check the arguments that torch's optimizers do not have.
+
+    Raises:
+        ValueError: one is out of range; the message names it.
+    """
+    if max_grad_norm is not None and not max_grad_norm >= 0:
+        raise ValueError(f"max_grad_norm must be None or a number >= 0, got {max_grad_norm}")
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be a number > 0 or inf, got {norm_type}")
+    if nonfinite not in _NONFINITE:
+        raise ValueError(f"nonfinite must be one of {_NONFINITE}, got {nonfinite!r}")
+    if low_precision not in _LOW_PRECISION:
+        raise ValueError(f"low_precision must be one of {_LOW_PRECISION}, got {low_precision!r}")
+    if state_dtype not in _STATE_DTYPES:
+        raise ValueError(f"state_dtype must be one of {_STATE_DTYPES}, got {state_dtype!r}")
+
+
+def fold_over_devices(all_rows: list[Rows], options: Options) -> tuple[Options, Tensor | None]:
+    """Fold norm, clipping and checks over several devices into grad_scale and found_inf."""
+    norms = []
+    for rows in all_rows:
+        grads = [owner.grad for owner in rows.owners if owner.grad is not None]
+        if grads:
+            norms.append(
+                dispatch.clip_grad_norm_(grads, math.inf, options.norm_type, from_grad=False)
+            )
+    if not norms:
+        return options, None
+    norm = total_norm([norm.reshape(1) for norm in norms], options.norm_type)
+    scale = torch.ones_like(norm)
+    if options.grad_scale is not None:
+        scale = options.grad_scale.to(norm.device, torch.float64).reshape(())
+        norm = norm / scale
+    if options.max_norm is not None:
+        scale = scale / clip_coefficient(norm, options.max_norm)
+    found_inf = options.found_inf
+    if options.skip_nonfinite:
+        nonfinite = (~norm.isfinite()).float()
+        if found_inf is not None:
+            nonfinite = nonfinite + found_inf.to(norm.device).reshape(())
+        found_inf = nonfinite
+    folded = options._replace(
+        max_norm=None, skip_nonfinite=False, grad_scale=scale, found_inf=found_inf
+    )
+    return folded, norm.to(norm_dtype(norms))
+
+
+def on_device(options: Options, device: torch.device) -> Options:
+    """Return the options with AMP's scalars as float32 on a device."""
+    if options.grad_scale is None and options.found_inf is None:
+        return options
+    return options._replace(
+        grad_scale=_scalar_on(options.grad_scale, device),
+        found_inf=_scalar_on(options.found_inf, device),
+    )
+
+
+def _scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device, torch.float32).reshape(())

@@ -1,0 +1,121 @@
+"""The tables of an optimizer: one for every device, built anew when something has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..ops.dispatch import KERNEL_DTYPES
+from ..ops.table import Group, Rows, Table, make_table
+from .rows import aligned_grad, fits, init_state, make_rows, raise_misfit
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Tables:
+    """Builds and keeps the tables; hands them out with this step's gradients in them."""
+
+    def __init__(self, low_precision: str | None, state_dtype: torch.dtype | None) -> None:
+        """Remember what new state has to look like; nothing is built yet."""
+        self._low_precision = low_precision or "nearest"
+        self._state_dtype = state_dtype
+        self._tables: list[tuple[Rows, Table]] | None = None
+        self._choice: str | None = None
+        self._captured: list[Table] = []  # a CUDA graph uses their memory as long as it lives
+
+    @property
+    def are_built(self) -> bool:
+        """Whether there are tables, which may be out of date."""
+        return self._tables is not None
+
+    def gather(self, param_groups: list[Group], state: State) -> list[tuple[Rows, Table]]:
+        """Return tables that have read the gradients; create the state of new parameters.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or there is state to create during a graph capture.
+            ValueError: a parameter or gradient does not fit; the message names it.
+        """
+        for _ in range(2):
+            if self._tables is None or self._choice != backends.choice():
+                self._tables = None
+                self._tables = self._build(param_groups, state)
+                self._choice = backends.choice()
+            if all(self._read(*pair, param_groups, state) for pair in self._tables):
+                return self._tables
+            self._tables = None
+        raise RuntimeError("param_groups or state changed while the step was reading them")
+
+    def _read(self, rows: Rows, table: Table, param_groups: list[Group], state: State) -> bool:
+        unread = table.gather(param_groups, state)
+        if unread is None:
+            return False
+        for row in unread:
+            owner = rows.owners[row]
+            assert owner.grad is not None
+            if not fits(owner, owner.grad):
+                raise_misfit(owner, owner.grad, name_of(owner, param_groups))
+            table.set_grad(row, aligned_grad(owner.grad, rows.columns.params[row]))
+        if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(table)
+        return True
+
+    def _build(self, param_groups: list[Group], state: State) -> list[tuple[Rows, Table]]:
+        fresh: dict[torch.device, list[tuple[Tensor, bool]]] = {}
+        chosen: dict[torch.device, str] = {}
+        for group in param_groups:
+            for param in group["params"]:
+                if param.device not in chosen:
+                    chosen[param.device] = backends.active("adamw", param.device)
+                check_param(param, param_groups)
+                if param.grad is not None:
+                    if not fits(param, param.grad):
+                        raise_misfit(param, param.grad, name_of(param, param_groups))
+                    if not state.get(param):
+                        fresh.setdefault(param.device, []).append((param, group["amsgrad"]))
+        on_cuda = any(device.type == "cuda" for device in chosen)
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the optimizer has state to create, which a CUDA graph cannot capture: run "
+                "at least one step with all gradients before the capture"
+            )
+        for params in fresh.values():
+            init_state(params, state, self._state_dtype)
+        tables = []
+        for device, backend in chosen.items():
+            rows = make_rows(param_groups, state, device, self._low_precision)
+            tables.append((rows, make_table(backend, rows, param_groups, state)))
+        return tables
+
+
+def check_param(param: Tensor, param_groups: list[Group]) -> None:
+    """Refuse a parameter that no kernel can update.
+
+    Raises:
+        ValueError: its dtype is not a float or complex one, or its elements share memory.
+    """
+    if param.dtype not in (*KERNEL_DTYPES, torch.complex64, torch.complex128):
+        raise ValueError(
+            f"{name_of(param, param_groups)} must be float32, float64, float16, bfloat16, "
+            f"complex64 or complex128, got {param.dtype}"
+        )
+    dims = zip(param.shape, param.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in dims):
+        raise ValueError(
+            f"{name_of(param, param_groups)} must have memory for every element, "
+            f"got shape {tuple(param.shape)} with strides {param.stride()}"
+        )
+
+
+def name_of(param: Tensor, param_groups: list[Group]) -> str:
+    """Return how a user would find a parameter: by its place, and by its name if it has one."""
+    for g, group in enumerate(param_groups):
+        for i, other in enumerate(group["params"]):
+            if other is param:
+                place = f"param_groups[{g}]['params'][{i}]"
+                names: Iterable[str] | None = group.get("param_names")
+                return f"{list(names)[i]} ({place})" if names else place
+    raise AssertionError("the parameter is in none of the groups")

@@ -1,0 +1,169 @@
+"""Tensors that are exchanged behind the optimizer's back: nothing stale is read or written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastremedy
+
+from .reference import assert_same_bits
+from .training import (
+    assert_like_torch,
+    give_grads,
+    make_grads,
+    make_params,
+    params_of,
+    train,
+)
+
+
+def test_gradients_swapped_between_parameters(backend: str, device: torch.device) -> None:
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        first, second = params_of(optimizer)
+        give_grads([first, second])
+        optimizer.step()
+        first.grad, second.grad = second.grad, first.grad
+        optimizer.step()
+
+    assert_like_torch(make_params([(3,), (3,)], device=device), drive)
+
+
+def test_parameter_data_reassigned(backend: str, device: torch.device) -> None:
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        params = params_of(optimizer)
+        for i in range(4):
+            give_grads(params)
+            optimizer.step()
+            if i == 1:
+                params[0].data = params[0].data * 2
+            if i == 2:
+                params[1].data = params[1].data.t().contiguous().t()
+
+    assert_like_torch(make_params([(3,), (4, 5)], device=device), drive)
+
+
+def test_parameter_data_transposed_in_place(backend: str, device: torch.device) -> None:
+    # Same pointer and shape, other strides: state and gradients keep the meaning of their indices.
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        (param,) = params_of(optimizer)
+        give_grads([param])
+        optimizer.step()
+        param.grad = None
+        param.data = param.data.t()
+        give_grads([param])
+        optimizer.step()
+
+    assert_like_torch(make_params([(3, 3)], device=device), drive, lr=0.1)
+
+
+def test_state_tensor_replaced(backend: str, device: torch.device) -> None:
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(3):
+            give_grads(params_of(optimizer))
+            optimizer.step()
+            state = optimizer.state[params_of(optimizer)[0]]
+            state["exp_avg"] = state["exp_avg"] * 2
+
+    assert_like_torch(make_params([(3,), (2,)], device=device), drive)
+
+
+def test_state_data_reassigned(backend: str, device: torch.device) -> None:
+    # How many programs move optimizer state to the host and back.
+    old_storages = []  # a stale pointer gives a wrong result, not a crash of the test run
+
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(3):
+            give_grads(params_of(optimizer))
+            optimizer.step()
+            for state in optimizer.state.values():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    old_storages.append(state[name].detach())
+                    state[name].data = state[name].data.clone()
+
+    assert_like_torch(make_params([(1000,), (2,)], device=device), drive)
+
+
+def test_state_cleared(backend: str, device: torch.device) -> None:
+    params = make_params([(3,)], device=device)
+    optimizer = fastremedy.optim.AdamW(params)
+    grads = make_grads(params, 2)
+    train(optimizer, grads)
+    optimizer.state.clear()
+    train(optimizer, grads[:1])
+    assert optimizer.state[params[0]]["step"].item() == 1
+
+
+@pytest.mark.parametrize("had_state", [True, False])
+def test_parameter_exchanged_in_its_group(
+    backend: str, device: torch.device, had_state: bool
+) -> None:
+    first, old, new = make_params([(3,), (2,), (2,)], device=device)
+    optimizer = fastremedy.optim.AdamW([first, old])
+    ones = torch.ones(3, device=device), torch.ones(2, device=device)
+    train(optimizer, [[ones[0], ones[1] if had_state else None]])
+    optimizer.param_groups[0]["params"][1] = new
+    before, before_old = new.detach().clone(), old.detach().clone()
+    train(optimizer, [ones])
+    assert (new != before).all()
+    assert_same_bits(old.detach(), before_old)
+
+
+def test_parameter_removed_from_its_group(backend: str, device: torch.device) -> None:
+    params = make_params([(3,), (2,), (4,)], device=device)
+    optimizer = fastremedy.optim.AdamW(params)
+    train(optimizer, make_grads(params, 1))
+    removed = optimizer.param_groups[0]["params"].pop(0)
+    before = removed.detach().clone()
+    train(optimizer, make_grads(params[1:], 1))
+    assert_same_bits(removed.detach(), before)
+    assert [optimizer.state[p]["step"].item() for p in params] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_model_converted_after_steps(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    model = torch.nn.Linear(3, 2).to(device)
+    optimizer = fastremedy.optim.AdamW(model.parameters(), lr=0.1)
+    for convert in (model.float, lambda: model.to(dtype), model.float):
+        convert()
+        optimizer.zero_grad()
+        kind = model.weight.dtype
+        before = model.weight.detach().clone()
+        model(torch.ones(4, 3, dtype=kind, device=device)).sum().backward()
+        optimizer.step()
+        # The gradient has one sign: each step moves by about lr. bfloat16 near 1 has 8 bits.
+        torch.testing.assert_close(
+            before - model.weight, torch.full_like(before, 0.1), rtol=0.05, atol=1e-2
+        )
+    assert optimizer.state[model.weight]["step"].item() == 3
+
+
+def test_two_optimizers_on_one_parameter(backend: str, device: torch.device) -> None:
+    (param,) = make_params([(3,)], device=device)
+    optimizers = [fastremedy.optim.AdamW([param], lr=0.1) for _ in range(2)]
+    before = param.detach().clone()
+    param.grad = torch.ones(3, device=device)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(param, before * 0.999**2 - 0.2, rtol=1e-5, atol=1e-3)
+
+
+def test_a_parameter_belongs_to_the_optimizer_once() -> None:
+    # Within a group torch only warns, and says that it will be an error.
+    (param,) = make_params([(3,)])
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        fastremedy.optim.AdamW([{"params": [param]}, {"params": [param]}])
+    with pytest.raises(ValueError, match=r"once, got params\[1\] again"):
+        fastremedy.optim.AdamW([param, param])
+
+
+def test_backend_switched_between_steps(backend: str, device: torch.device) -> None:
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        for i in range(6):
+            give_grads(params_of(optimizer))
+            with fastremedy.backends.use(backend if i % 2 else "torch"):
+                optimizer.step()
+
+    assert_like_torch(make_params([(3,), (2, 2)], device=device), drive, amsgrad=True)

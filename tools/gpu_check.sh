@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Prove and measure everything on a machine with a GPU, nvcc, torch and no network, within 8 minutes.
+#
+#   tools/gpu_check.sh [PYTHON]   PYTHON has torch, pytest and hypothesis (default: python3)
+#
+# The stages of correctness run at the same time, then the benchmarks alone. Each has a log and a time
+# limit of its own; none hides another. $OUT (default: gpu_check_out) receives the logs, summary.json
+# and the result of the benchmarks, to be committed under benchmarks/results/. Where the sources came
+# without git, FASTREMEDY_COMMIT names the commit.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+python=${1:-python3}
+out=${OUT:-gpu_check_out}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+rm -f "$out"/summary.json
+outcomes=$(mktemp -d)
+trap 'rm -rf "$outcomes"' EXIT
+
+export FASTREMEDY_REQUIRE_CUDA=1 FASTREMEDY_BUILD=cuda FASTREMEDY_CUDA_ARCHS=native
+export OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1
+ours=build/system${python//\//-}/bin/python # the layer that `make SYSTEM=1` lays over PYTHON
+
+# stage NAME SECONDS COMMAND...: run with a time limit, keep the log, tell the outcome.
+stage() {
+  local name=$1 limit=$2 begin=$SECONDS outcome
+  shift 2
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+  case $? in
+    0) outcome=passed ;;
+    124 | 137) outcome="stopped after $limit s" ;;
+    *) outcome=failed ;;
+  esac
+  printf '%-10s %-20s %4d s   %s\n' "$name" "$outcome" $((SECONDS - begin)) \
+    "$(grep -v '^[[:space:]]*$' "$out/$name.log" | tail -n 1 | cut -c 1-100)"
+  printf '{"stage": "%s", "outcome": "%s", "seconds": %d}\n' "$name" "$outcome" \
+    $((SECONDS - begin)) >"$outcomes/$name"
+}
+
+# Without the caching allocator an overrun leaves its allocation and is seen.
+sanitize() {
+  if ! command -v compute-sanitizer; then
+    echo "compute-sanitizer is not installed"
+    return 1
+  fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 "$ours" -m pytest \
+    -p no:cacheprovider --maxfail=1 -k "cuda and not triton" \
+    tests/test_clip_grad_norm.py tests/test_adamw.py
+}
+export -f sanitize
+export ours
+
+# Tells the path of the result, then measures.
+measure() {
+  machine=$("$ours" -c "from fastremedy import bench; print(bench.machine()['name'])") &&
+    "$ours" -m pytest benchmarks -k cuda --benchmark-json="$out/$machine.json"
+}
+export -f measure
+export out
+
+stage build 110 make build SYSTEM=1 PYTHON="$python"
+stage info 20 "$ours" -m fastremedy info
+stage test 200 "$ours" -m pytest tests --numprocesses 6 &
+stage memcheck 200 bash -c 'sanitize memcheck' &
+stage racecheck 200 bash -c 'sanitize racecheck' &
+wait
+stage bench 140 bash -c measure
+
+printf "[%s]\n" "$(cat "$outcomes"/* | paste -sd,)" >"$out/summary.json"
+! grep -qv '"passed"' "$outcomes"/*

@@ -1,0 +1,210 @@
+"""Print what every kernel takes on every architecture: registers, local and shared memory.
+
+Triton kernels are compiled for the forms that their modules list, CUDA files by nvcc; no GPU is
+needed. The exit status is 1 if a kernel spills registers to local memory or if the loop of a Triton
+kernel over full, aligned blocks does not use 16-byte accesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+TRITON_MODULES = ("clip_grad_norm", "adamw")
+
+WIDE_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64|b128)\b")
+RESOURCE_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+PTXAS_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+PTXAS_STACK = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+)
+PTXAS_USED = re.compile(r"Used (\d+) registers")
+PTXAS_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one architecture."""
+
+    source: str
+    kernel: str
+    arch: str
+    registers: int  # per thread
+    local_bytes: int  # per thread: spilled registers and stack
+    shared_bytes: int  # per block
+    wide_accesses: int = 0
+    expected_wide_accesses: int = 0
+
+    @property
+    def problem(self) -> str | None:
+        """Say what is wrong with the kernel, or None."""
+        if self.local_bytes > 0:
+            return f"{self.local_bytes} bytes of local memory per thread, expected 0"
+        if self.wide_accesses < self.expected_wide_accesses:
+            return (
+                f"{self.wide_accesses} accesses of 16 bytes, "
+                f"expected at least {self.expected_wide_accesses}"
+            )
+        return None
+
+
+def count_wide_accesses(ptx: str) -> int:
+    """Return the number of 16-byte loads and stores of global memory."""
+    return len(WIDE_ACCESS.findall(ptx))
+
+
+def parse_resource_usage(text: str) -> tuple[int, int]:
+    """Return registers and local bytes from the output of ``cuobjdump --dump-resource-usage``."""
+    match = RESOURCE_USAGE.search(text)
+    if match is None:
+        raise ValueError(f"expected the output of cuobjdump --dump-resource-usage, got {text!r}")
+    registers, stack, _, local = map(int, match.groups())
+    return registers, stack + local
+
+
+def parse_ptxas(text: str, source: str) -> Iterator[Resources]:
+    """Yield what ``ptxas -v`` says of each kernel."""
+    entries = list(PTXAS_ENTRY.finditer(text))
+    ends = [entry.start() for entry in entries[1:]] + [len(text)]
+    for entry, end in zip(entries, ends, strict=True):
+        report = text[entry.end() : end]
+        stack, used = PTXAS_STACK.search(report), PTXAS_USED.search(report)
+        if stack is None or used is None:
+            raise ValueError(f"expected stack frame and registers of {entry[1]}, got {report!r}")
+        shared = PTXAS_SHARED.search(report)
+        yield Resources(
+            source,
+            entry[1],
+            entry[2],
+            registers=int(used[1]),
+            local_bytes=sum(map(int, stack.groups())),
+            shared_bytes=int(shared[1]) if shared else 0,
+        )
+
+
+def triton_resources(archs: Sequence[str]) -> Iterator[Resources]:
+    """Compile the Triton kernels; there must be no TRITON_INTERPRET in the environment."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = importlib.import_module("fastremedy.triton_kernels.multi_tensor").LAUNCH_OPTIONS
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for name in TRITON_MODULES:
+        module = importlib.import_module(f"fastremedy.triton_kernels.{name}")
+        for form in module.specialisations():
+            for arch in archs:
+                compiled = triton.compile(
+                    ASTSource(form.kernel, form.signature, form.constants),
+                    target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+                    options=options,
+                )
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(compiled.asm["cubin"])
+                    file.flush()
+                    command = [cuobjdump, "--dump-resource-usage", file.name]
+                    usage = subprocess.run(command, capture_output=True, text=True, check=True)
+                registers, local_bytes = parse_resource_usage(usage.stdout)
+                yield Resources(
+                    f"triton_kernels/{name}.py",
+                    form.name,
+                    arch,
+                    registers,
+                    local_bytes,
+                    compiled.metadata.shared,
+                    count_wide_accesses(compiled.asm["ptx"]),
+                    form.wide_accesses,
+                )
+
+
+def cuda_resources(nvcc: str, archs: Sequence[str]) -> Iterator[Resources]:
+    """Compile the CUDA files."""
+    for file in sorted(CUDA_SOURCES.glob("*.cu")):
+        for arch in archs:
+            command = [nvcc, "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas=-v"]
+            command += ["-o", os.devnull, str(file)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise SystemExit(f"nvcc does not compile {file} for {arch}:\n{result.stderr}")
+            for resources in parse_ptxas(result.stderr, f"csrc/cuda/{file.name}"):
+                yield replace(resources, kernel=demangle(resources.kernel))
+
+
+@functools.cache
+def demangle(symbol: str) -> str:
+    """Return the C++ name of a kernel with its template arguments, without namespace."""
+    if not shutil.which("c++filt"):
+        return symbol
+    command = ["c++filt", "--no-params", symbol]
+    name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"(fastremedy::|cuda::|\(anonymous namespace\)::|^void )", "", name)
+
+
+def table(rows: Sequence[Resources], archs: Sequence[str]) -> str:
+    """Return one line per kernel: registers/local/shared bytes on each architecture."""
+    by_kernel: dict[tuple[str, str], dict[str, Resources]] = {}
+    for row in rows:
+        by_kernel.setdefault((row.source, row.kernel), {})[row.arch] = row
+    width = max(len(kernel) for _, kernel in by_kernel)
+    lines = [f"{'registers/local/shared':{width}}" + "".join(f"{arch:>13}" for arch in archs)]
+    source = None
+    for (row_source, kernel), cells in by_kernel.items():
+        if row_source != source:
+            source = row_source
+            lines.append(source)
+        line = f"{kernel:{width}}"
+        for arch in archs:
+            cell = cells[arch]
+            mark = " " if cell.problem is None else "!"
+            text = f"{cell.registers}/{cell.local_bytes}/{cell.shared_bytes}"
+            line += f"{text:>12}{mark}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", help=f"default: {', '.join(ARCHS)}")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table here")
+    parser.add_argument(
+        "--require-nvcc", action="store_true", help="fail instead of leaving the CUDA files out"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    archs = arguments.arch or ARCHS
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+    rows = list(triton_resources(archs))
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        rows += cuda_resources(nvcc, archs)
+    print(table(rows, archs))
+    problems = [f"{row.kernel} on {row.arch}: {row.problem}" for row in rows if row.problem]
+    if nvcc is None:
+        message = "csrc/cuda was left out: no nvcc on PATH"
+        print(message)
+        problems += [message] if arguments.require_nvcc else []
+    if arguments.json is not None:
+        cells = [{**asdict(row), "problem": row.problem} for row in rows]
+        arguments.json.write_text(json.dumps(cells, indent=1) + "\n")
+    print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
