@@ -37,7 +37,7 @@ lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | \
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 wheel: $(READY)

@@ -84,7 +84,8 @@ def _build_emulation(sources: list[Path], include: Path, library: Path) -> None:
     import pybind11
 
     # -fno-strict-aliasing: vector accesses read 16-bit elements as 16 bytes, as CUDA allows.
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-DFASTREMEDY_EMULATION"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+    flags.append("-DFASTREMEDY_EMULATION")
     # DLPack's header comes with torch.
     torch_include = Path(torch.__file__).parent / "include"
     includes = [pybind11.get_include(), sysconfig.get_path("include"), torch_include, include]

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import importlib.util
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -123,7 +124,12 @@ def test_every_result_has_its_origin() -> None:
 def test_benchmarks_fill_the_tables(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "cpu-1000x1 or groups"]
     options = ["--rounds=2", f"--benchmark-json={tmp_path / 'machine.json'}"]
-    subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    # a run of its own, even if this one is a worker of pytest-xdist
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    result = subprocess.run(
+        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
     spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
     assert spec is not None
     assert spec.loader is not None

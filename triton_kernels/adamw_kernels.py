@@ -19,10 +19,13 @@ NUM_COEFFICIENTS = tl.constexpr(8)  # as _adamw_update unpacks them
 
 @triton.jit
 def _lerp(start, end, weight):
-    """Return ``start + weight * (end - start)``, from the nearer end: weight 1 gives ``end``."""
+    """Return ``start + weight * (end - start)``, from the nearer end: weight 1 gives ``end``.
+
+    The weight is float64, so that ``weight - 1`` has no rounding error of its own.
+    """
     is_near_start = weight < 0.5
     base = tl.where(is_near_start, start, end)
-    rest = tl.where(is_near_start, weight, weight - 1.0)
+    rest = tl.where(is_near_start, weight, weight - 1.0).to(start.dtype)
     return base + rest * (end - start)
 
 
@@ -72,7 +75,9 @@ def _adamw_update(
         max_exp_avg_sq = tl.where(grows, exp_avg_sq, max_exp_avg_sq)
         second_moment = max_exp_avg_sq
     denom = _sqrt(second_moment) * inv_sqrt_bias_correction2 + eps
-    param = param - (decay * param + step_size * _divide(exp_avg, denom))
+    # An infinite parameter stays infinite, too.
+    decayed = tl.where(tl.abs(param) < float("inf"), decay * param, 0.0)
+    param = param - (decayed + step_size * _divide(exp_avg, denom))
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
@@ -179,7 +184,7 @@ def prepare_kernel(
     if grad_scale_ptr is not None:
         inv_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
     grad_factor = tl.full((), 1.0, tl.float64) * inv_scale
-    runs = tl.full((), 1, tl.int1)
+    skip = tl.full((), 0, tl.int32)
     if NORM != "none":
         norm_type = tl.load(options_ptr + 1)
         norm = combine_partials(partials_ptr, num_partials, norm_type, NORM, PARTIALS_BLOCK)
@@ -187,15 +192,16 @@ def prepare_kernel(
         tl.store(total_norm_ptr, norm)
         grad_factor = clip_coefficient(norm, tl.load(options_ptr)) * inv_scale
         if SKIP_NONFINITE:
-            runs = tl.abs(norm) < float("inf")
+            skip = tl.where(tl.abs(norm) < float("inf"), 0, 1)
     if found_inf_ptr is not None:
-        runs = runs & (tl.load(found_inf_ptr) == 0.0)
+        skip = tl.where(tl.load(found_inf_ptr) == 0.0, skip, 1)
     if skipped_ptr is not None:
-        tl.store(skipped_ptr, runs == 0)
+        tl.store(skipped_ptr, skip)
 
-    for start in range(0, num_rows, ROWS_BLOCK):
+    num_updated = tl.where(skip == 0, num_rows, 0)
+    for start in range(0, num_updated, ROWS_BLOCK):
         rows = start + tl.arange(0, ROWS_BLOCK)
-        mask = (rows < num_rows) & runs
+        mask = rows < num_updated
         mask = mask & (tl.load(grads_ptr + rows, mask=mask, other=0) != 0)
         step_ptr = tl.load(steps_ptr + rows, mask=mask, other=0).to(tl.pointer_type(tl.float32))
         step = tl.load(step_ptr, mask=mask, other=0.0) + 1.0
@@ -292,8 +298,8 @@ def update_kernel(
             tl.load(coefficient_ptr).to(OPMATH),
             tl.load(coefficient_ptr + 1).to(OPMATH),
             tl.load(coefficient_ptr + 2).to(OPMATH),
-            tl.load(coefficient_ptr + 3).to(OPMATH),
-            tl.load(coefficient_ptr + 4).to(OPMATH),
+            tl.load(coefficient_ptr + 3),
+            tl.load(coefficient_ptr + 4),
             tl.load(coefficient_ptr + 5).to(OPMATH),
             tl.load(coefficient_ptr + 6).to(OPMATH),
             tl.load(coefficient_ptr + 7).to(OPMATH),

@@ -2,9 +2,9 @@
 """Kernels of gradient norms and clipping; :mod:`.clip_grad_norm` launches them.
 
 Each chunk gives one partial in float64 at a fixed place, and the partials are added in a fixed
-order: the norm is bitwise the same from run to run. Inside a chunk sums are float32, since float64
-is slow on most GPUs; a chunk whose sum overflows or comes close to underflow is summed again,
-scaled by a power of two.
+order: the norm is bitwise the same from run to run. Inside a chunk each lane adds a few elements in
+float32, since float64 is slow on most GPUs; a chunk whose sum overflows or comes close to underflow
+is summed again, scaled by a power of two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from .multi_tensor import NARROW_BLOCK, aligned_pointer, locate_chunk, wide_count
 from .rounding import round_nearest
 
-# 16384 squares that are flushed below 2^-126 are less than 2^-24 of any larger sum.
+# 16384 squares that are lost below 2^-126 are less than 2^-24 of any larger sum.
 SMALLEST_SAFE_SUM = tl.constexpr(2.0**-88)
 
 
@@ -75,7 +75,7 @@ def _reduce_chunk(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Return the sum and the extreme magnitude of ``count`` scaled elements."""
+    """Return the float64 sum and the extreme magnitude of ``count`` scaled elements."""
     wide_ptr = aligned_pointer(address, DTYPE) + begin
     num_wide = wide_count(count, address, BLOCK)
     offsets = tl.arange(0, BLOCK)
@@ -89,19 +89,20 @@ def _reduce_chunk(
     grad_ptr = address.to(tl.pointer_type(DTYPE)) + begin
     padding = tl.where(norm_type < 0, float("inf"), 0.0)  # adds nothing to any norm
     offsets = tl.arange(0, NARROW_BLOCK)
-    rest_total = tl.zeros((NARROW_BLOCK,), ACC)
+    rest_total = tl.zeros((NARROW_BLOCK,), tl.float64)
     rest_extreme = _magnitude_bits(tl.full((NARROW_BLOCK,), _identity(NORM), ACC))
     for start in range(num_wide, count, NARROW_BLOCK):
         mask = start + offsets < count
         value = tl.load(grad_ptr + start + offsets, mask=mask, other=padding).to(ACC) * scale
-        rest_total += _norm_term(value, norm_type, NORM)
+        rest_total += _norm_term(value.to(tl.float64), norm_type, NORM)
         rest_extreme = _wider_extreme(rest_extreme, value, NORM)
 
     if NORM == "min":
         bits = tl.minimum(tl.min(extreme, 0), tl.min(rest_extreme, 0))
     else:
         bits = tl.maximum(tl.max(extreme, 0), tl.max(rest_extreme, 0))
-    return tl.sum(total, 0) + tl.sum(rest_total, 0), bits.to(ACC, bitcast=True)
+    total = tl.sum(total.to(tl.float64), 0) + tl.sum(rest_total, 0)
+    return total, bits.to(ACC, bitcast=True)
 
 
 @triton.jit
@@ -116,8 +117,8 @@ def _rescued_sum(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Return a float32 sum in float64; sum again, with elements scaled to 1, if it is lost."""
-    result = total.to(tl.float64)
+    """Return a sum; if it is lost in float32, sum again with elements scaled to about 1."""
+    result = total
     is_lost = (total < SMALLEST_SAFE_SUM) | (total == float("inf"))
     if is_lost & (largest > 0) & (largest < float("inf")):
         exponent = largest.to(tl.int32, bitcast=True) >> 23
@@ -126,7 +127,7 @@ def _rescued_sum(
             address, begin, count, scale, norm_type, NORM, DTYPE, tl.float32, BLOCK
         )
         unscale = 1.0 / scale.to(tl.float64)
-        result = scaled.to(tl.float64) * unscale
+        result = scaled * unscale
         if NORM == "l2":
             result *= unscale
     return result
@@ -205,7 +206,7 @@ def grad_norm_kernel(
                 total, extreme, address, begin, count, norm_type, NORM, DTYPE, BLOCK
             )
         else:
-            partial = total.to(tl.float64)
+            partial = total
         tl.store(partials_ptr + chunk, partial)
 
 

@@ -61,7 +61,7 @@ class Model {
       }
     }
     for (size_t t = 3; t < grads_.size(); t += 7) grads_[t].data = nullptr;
-    for (const int64_t offset : {-1, 0, 1}) {
+    for (const int64_t offset : {-1, 0, 1, 600}) {
       add({DType::kBFloat16, DType::kFloat32}, cuda::kChunkSize + offset, offset == 0, false);
     }
   }

@@ -107,7 +107,10 @@ class Gradients {
 void check_values() {
   Gradients ordinary;
   ordinary.add_sizes(1);
-  for (const double norm_type : kNormTypes) ordinary.expect_norm(norm_type, "normal values");
+  for (const double norm_type : kNormTypes) {
+    ordinary.expect_norm(norm_type, "normal values");
+    if (emulation::kHasRealThreads && norm_type == 1) break;
+  }
 }
 
 void check_extremes() {

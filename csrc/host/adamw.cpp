@@ -324,7 +324,7 @@ void AdamWTable::step_on_cuda(AdamWArgs args, uintptr_t base) {
 }
 
 void bind_adamw(py::module_& module) {
-  py::class_<AdamWTable>(module, "AdamWTable")
+  py::class_<AdamWTable>(module, "AdamWTable", py::module_local())
       .def(
           py::init([](py::list owners, py::list params, py::list exp_avgs, py::list exp_avg_sqs,
                       py::list max_exp_avg_sqs, py::list residuals, py::list steps, py::list groups,

@@ -153,7 +153,7 @@ bool GradList::clip_on_cuda(GradNormArgs args, uintptr_t workspace) {
 }
 
 void bind_clip_grad_norm(py::module_& module) {
-  py::class_<GradList>(module, "GradList")
+  py::class_<GradList>(module, "GradList", py::module_local())
       .def(py::init<const py::list&, bool>(), py::arg("tensors"), py::arg("from_grad"))
       .def_property_readonly("is_uniform", &GradList::is_uniform)
       .def_property_readonly("has_duplicates", &GradList::has_duplicates)
