@@ -17,7 +17,7 @@ JOBS ?= 2
 VENV := $(if $(SYSTEM),build/system$(subst /,-,$(PYTHON)),.venv)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(if $(SYSTEM),system,$(subst =,,$(TORCH)))
-BUILT := $(VENV)/.built
+BUILT := $(VENV)/.built-$(FASTREMEDY_BUILD)-$(subst ;,_,$(subst +,_,$(FASTREMEDY_CUDA_ARCHS)))
 SOURCES := $(wildcard csrc/core/* csrc/cpu/* csrc/cuda/* csrc/host/* csrc/ops/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -47,13 +47,14 @@ wheel: $(READY)
 build: $(BUILT)
 
 clean:
-	rm -rf build dist *.egg-info fastremedy/*.so .venv/.built
+	rm -rf build dist *.egg-info fastremedy/*.so .venv/.built-*
 
-# In place, so that a changed source recompiles alone.
+# In place, so that a changed source recompiles alone. --force leaves it to ninja what that is: it
+# knows the flags, too.
 $(BUILT): $(READY) setup.py $(SOURCES)
 	@echo "building the native library; build/native.log tells how"
-	@mkdir -p build
-	@$(PY) setup.py build_ext --inplace > build/native.log 2>&1 || { cat build/native.log; exit 1; }
+	@mkdir -p build && rm -f $(VENV)/.built-*
+	@$(PY) setup.py build_ext --inplace --force > build/native.log 2>&1 || { cat build/native.log; exit 1; }
 	@grep -h "no native library" build/native.log || true
 	@touch $@
 

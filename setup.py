@@ -53,7 +53,7 @@ def native_library(cuda):
     nvcc, link = NVCC_FLAGS, [f"-L{torch}/lib", *LINK_FLAGS]
     sources = [*glob("csrc/host/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/ops/*.cpp")]
     if cuda:
-        archs = os.environ.get("FASTREMEDY_CUDA_ARCHS", CUDA_ARCHS)
+        archs = os.environ.get("FASTREMEDY_CUDA_ARCHS") or CUDA_ARCHS
         sources += glob("csrc/cuda/*.cu")
         cxx += ["-DFASTREMEDY_WITH_CUDA", f'-DFASTREMEDY_CUDA_ARCHS="{archs}"']
         nvcc = [*NVCC_FLAGS, *arch_flags(archs)]
@@ -66,7 +66,7 @@ def native_library(cuda):
     return {"ext_modules": [library], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-build = os.environ.get("FASTREMEDY_BUILD", "auto")
+build = os.environ.get("FASTREMEDY_BUILD") or "auto"
 cuda = find_cuda() if build in ("auto", "cuda") else None
 if build not in ("auto", "cpu", "cuda", "none"):
     raise SystemExit(f"FASTREMEDY_BUILD must be auto, cpu, cuda or none, got {build!r}")

@@ -86,6 +86,8 @@ def _build_emulation(sources: list[Path], include: Path, library: Path) -> None:
     # -fno-strict-aliasing: vector accesses read 16-bit elements as 16 bytes, as CUDA allows.
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
     flags.append("-DFASTREMEDY_EMULATION")
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        flags.append("-mfma")  # nvcc fuses multiplication and addition, too
     # DLPack's header comes with torch.
     torch_include = Path(torch.__file__).parent / "include"
     includes = [pybind11.get_include(), sysconfig.get_path("include"), torch_include, include]

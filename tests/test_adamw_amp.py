@@ -87,15 +87,6 @@ def test_large_finite_gradients_are_not_skipped(
     torch.testing.assert_close(param, torch.full_like(param, -0.1), rtol=1e-5, atol=0)
 
 
-def test_large_float64_gradients_are_finite(backend: str, device: torch.device) -> None:
-    # Their squares overflow, they do not.
-    param = torch.zeros(5, dtype=torch.float64, device=device, requires_grad=True)
-    optimizer = fastremedy.optim.AdamW([param], nonfinite="skip", lr=0.1)
-    param.grad = torch.full_like(param, 1e200)
-    optimizer.step()
-    assert optimizer.num_skipped == 0
-
-
 @pytest.mark.parametrize("low_precision", LOW_PRECISION)
 @pytest.mark.parametrize("found", [1.0, 2.0, 0.5, math.inf, math.nan])
 def test_nonzero_found_inf_skips(

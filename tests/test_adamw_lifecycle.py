@@ -285,6 +285,8 @@ def test_differentiable_is_torchs(backend: str, device: torch.device) -> None:
 
 
 def test_threads_with_models_of_their_own(backend: str, device: torch.device) -> None:
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("Triton's interpreter keeps its grid in a global variable")
     results: dict[int, list[Tensor]] = {}
     expected: dict[int, list[Tensor]] = {}
     originals = [make_params([(500,), (3, 7)], device=device) for _ in range(2)]

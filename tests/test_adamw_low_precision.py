@@ -179,7 +179,7 @@ def test_weight_decay_of_bfloat16_arrives(
 ) -> None:
     steps = 1000 if backend in ("torch", "cpu") else 50
     decay = 0.1 * 1e-3
-    size = 4096 if low_precision == "stochastic" else 8
+    size = 512 if low_precision == "stochastic" else 8
     param = torch.ones(size, dtype=torch.bfloat16, device=device, requires_grad=True)
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "low_precision": low_precision}
     train(fastremedy.optim.AdamW([param], **options), [[torch.zeros_like(param)]] * steps)
@@ -291,9 +291,7 @@ def test_matches_the_definition(
 # --- dtype of the moments ---
 
 
-@pytest.mark.parametrize(
-    "state_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_state_dtype(
     backend: str, device: torch.device, dtype: torch.dtype, state_dtype: torch.dtype

@@ -136,30 +136,19 @@ def test_chosen_backend_reaches_other_threads() -> None:
     assert seen == ["torch"]
 
 
-@pytest.mark.parametrize("name", ["torch", "cpu"])
-def test_environment_chooses(name: str) -> None:
-    code = f"import fastremedy; assert fastremedy.backends.active('adamw', 'cpu') == {name!r}"
-    assert_runs(run_python(code + TRAIN_A_STEP, FASTREMEDY_BACKEND=name))
-
-
-def test_use_wins_over_the_environment() -> None:
+def test_environment_chooses_and_use_wins_over_it() -> None:
     code = """
 import fastremedy
 with fastremedy.backends.use("cpu"):
     assert fastremedy.backends.active("adamw", "cpu") == "cpu"
 assert fastremedy.backends.active("adamw", "cpu") == "torch"
 """
-    assert_runs(run_python(code, FASTREMEDY_BACKEND="torch"))
+    assert_runs(run_python(code + TRAIN_A_STEP, FASTREMEDY_BACKEND="torch"))
 
 
 def test_unknown_backend_in_the_environment() -> None:
     result = run_python(TRAIN_A_STEP, FASTREMEDY_BACKEND="gpu")
     assert "ValueError: backend must be one of cuda, triton, cpu, torch, got 'gpu'" in result.stderr
-
-
-def test_empty_environment_is_no_choice() -> None:
-    code = "import fastremedy; assert fastremedy.backends.choice() is None"
-    assert_runs(run_python(code, FASTREMEDY_BACKEND=""))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
@@ -227,10 +216,11 @@ def test_a_broken_library_is_not_touched_when_torch_is_chosen(package_copy: Path
     )
 
 
-def test_import_loads_torch_alone() -> None:
+def test_import_loads_torch_alone_and_empty_environment_is_no_choice() -> None:
     code = """
 import sys, fastremedy
 heavy = {"triton", "rich", "matplotlib", "sklearn", "tensorboard", "pandas"} & set(sys.modules)
 assert not heavy, heavy
+assert fastremedy.backends.choice() is None
 """
-    assert_runs(run_python(code))
+    assert_runs(run_python(code, FASTREMEDY_BACKEND=""))

@@ -13,6 +13,7 @@ import fastremedy
 
 from .reference import (
     assert_close_to_reference,
+    assert_norm_close,
     assert_same_bits,
     clip_reference,
     clip_with_torch,
@@ -51,9 +52,12 @@ def assert_clips_inside(
     norm = fastremedy.clip_(with_grads(grads), max_norm, norm_type)
     norm64, clipped64 = clip_reference(originals, max_norm, norm_type)
     torch_norm, torch_clipped = clip_with_torch(originals, max_norm, norm_type)
-    assert_close_to_reference(norm, norm64, torch_norm)
+    assert_norm_close(norm, norm64, torch_norm, grads)
+    # The norm is as precise as the narrowest gradient in it, and so is what it scales.
+    is_mixed = any(g.dtype not in (torch.float64, torch.complex128) for g in grads)
     for actual, expected, by_torch in zip(grads, clipped64, torch_clipped, strict=True):
-        assert_close_to_reference(actual, expected, by_torch)
+        narrow = is_mixed and actual.dtype == torch.float64
+        assert_close_to_reference(actual.float() if narrow else actual, expected, by_torch)
     assert_same_bits(buffer[~inside], before[~inside])
 
 
@@ -108,7 +112,7 @@ def test_expanded_counts_every_element(
     norm = fastremedy.clip_(with_grads(grads), 1.0)
     norm64, (clipped64,) = clip_reference([original], 1.0, 2.0)
     torch_norm, (torch_clipped,) = clip_with_torch([original], 1.0, 2.0)
-    assert_close_to_reference(norm, norm64, torch_norm)
+    assert_norm_close(norm, norm64, torch_norm, grads)
     assert_close_to_reference(grads[0], clipped64, torch_clipped)
 
 

@@ -53,11 +53,8 @@ class Resources:
         """Say what is wrong with the kernel, or None."""
         if self.local_bytes > 0:
             return f"{self.local_bytes} bytes of local memory per thread, expected 0"
-        if self.wide_accesses < self.expected_wide_accesses:
-            return (
-                f"{self.wide_accesses} accesses of 16 bytes, "
-                f"expected at least {self.expected_wide_accesses}"
-            )
+        if self.wide_accesses != self.expected_wide_accesses:
+            return f"{self.wide_accesses} 16-byte accesses, expected {self.expected_wide_accesses}"
         return None
 
 
@@ -90,7 +87,7 @@ def parse_ptxas(text: str, source: str) -> Iterator[Resources]:
             entry[1],
             entry[2],
             registers=int(used[1]),
-            local_bytes=sum(map(int, stack.groups())),
+            local_bytes=max(map(int, stack.groups())),  # the frame holds what is spilled
             shared_bytes=int(shared[1]) if shared else 0,
         )
 

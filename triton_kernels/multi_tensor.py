@@ -118,10 +118,10 @@ def float_words(*values: float) -> list[int]:
     return list(struct.unpack(f"{len(values)}q", struct.pack(f"{len(values)}d", *values)))
 
 
-@triton.jit(do_not_specialize=["words"])
-def _store_words_kernel(out_ptr, words):
-    for i in tl.static_range(len(words)):
-        tl.store(out_ptr + i, words[i])
+@triton.jit
+def _store_pieces_kernel(out_ptr, pieces):
+    for i in tl.static_range(len(pieces)):
+        tl.store(out_ptr + i, tl.cast(pieces[i], tl.int32).to(tl.int16))
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -166,10 +166,10 @@ def upload_as_arguments(words: Sequence[int], device: torch.device) -> Tensor:
     num_launches = triton.cdiv(len(words), _WORDS_PER_LAUNCH)
     out = torch.empty(num_launches * _WORDS_PER_LAUNCH, dtype=torch.int64, device=device)
     padded = [*words, *[0] * (out.numel() - len(words))]
-    # As int32 halves, since Triton would compile a kernel for every pattern of int32 and int64.
-    halves = struct.unpack(f"{2 * len(padded)}i", struct.pack(f"{len(padded)}q", *padded))
-    target = out.view(torch.int32)
-    for start in range(0, len(halves), 2 * _WORDS_PER_LAUNCH):
-        part = halves[start : start + 2 * _WORDS_PER_LAUNCH]
-        _store_words_kernel[(1,)](target[start:], part, num_warps=1)
+    # Pieces of 16 bits as floats: Triton compiles integers again for values 1, 16, 2**32 and so on.
+    pieces = struct.unpack(f"{4 * len(padded)}H", struct.pack(f"{len(padded)}q", *padded))
+    target = out.view(torch.int16)
+    for start in range(0, len(pieces), 4 * _WORDS_PER_LAUNCH):
+        part = tuple(map(float, pieces[start : start + 4 * _WORDS_PER_LAUNCH]))
+        _store_pieces_kernel[(1,)](target[start:], part, num_warps=1)
     return out[: len(words)]

@@ -14,13 +14,17 @@ class Specialisation:
     kernel: Any
     types: Mapping[str, str]  # of the runtime arguments, as Triton spells them: "*fp32", "i32"
     constants: Mapping[str, Any]
-    wide_accesses: int = 0  # 16-byte loads and stores of the loop over full, aligned blocks
+    wide_accesses: int = 0  # 16-byte loads and stores in the loops over full, aligned blocks
 
     @property
     def name(self) -> str:
         """Return the kernel with the constants that tell its forms apart."""
-        shown = [str(value) for key, value in self.constants.items() if not key.endswith("BLOCK")]
-        return f"{self.kernel.__name__.strip('_')}[{', '.join(shown)}]"
+        shown = [
+            key.lower() if value is True else str(value)
+            for key, value in self.constants.items()
+            if value is not False and not key.endswith(("ACC", "OPMATH", "CHUNK", "BLOCK"))
+        ]
+        return f"{self.kernel.__name__}[{', '.join(shown)}]"
 
     @property
     def signature(self) -> dict[str, str]:

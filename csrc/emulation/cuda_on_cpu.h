@@ -66,17 +66,26 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
-// Only fences order memory between blocks: atomics are relaxed, as on the device, so that
-// ThreadSanitizer misses an absent fence no more than the hardware would.
+// Atomics order nothing by themselves: a fence before makes one release, a fence after lets what it
+// read be acquired. So ThreadSanitizer sees a missing fence as a data race.
 inline void __threadfence() {
-  static std::atomic<unsigned> fences{0};
-  fences.fetch_add(1, std::memory_order_acq_rel);
+  emulation::Thread& thread = *emulation::current_thread();
+  thread.has_fenced = true;
+  if (thread.last_atomic) __atomic_load_n(thread.last_atomic, __ATOMIC_ACQUIRE);
 }
 
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  emulation::Thread& thread = *emulation::current_thread();
+  thread.last_atomic = address;
   unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(address, &old, old >= limit ? 0 : old + 1, false,
-                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  bool is_done = false;
+  while (!is_done) {
+    unsigned next = old >= limit ? 0 : old + 1;
+    is_done = thread.has_fenced
+                  ? __atomic_compare_exchange(address, &old, &next, false, __ATOMIC_RELEASE,
+                                              __ATOMIC_RELAXED)
+                  : __atomic_compare_exchange(address, &old, &next, false, __ATOMIC_RELAXED,
+                                              __ATOMIC_RELAXED);
   }
   return old;
 }

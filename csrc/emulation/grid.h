@@ -133,6 +133,8 @@ struct Thread {
   int place;  // in the block
   unsigned num_votes = 0;
   unsigned num_shuffles = 0;
+  bool has_fenced = false;
+  const unsigned* last_atomic = nullptr;
 };
 
 inline Thread*& current_thread() {

@@ -66,8 +66,10 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     tensors_.push_back(tensor);
     rows_.push_back(
         {item(columns.owners, i), Layout(view), item(columns.indirect, i).cast<bool>()});
-    for (const py::list* column : {&columns.params, &columns.exp_avgs, &columns.exp_avg_sqs,
-                                   &columns.max_exp_avg_sqs, &columns.residuals, &columns.steps}) {
+    const py::list* const kept[kNumColumns] = {&columns.params,      &columns.exp_avgs,
+                                               &columns.exp_avg_sqs, &columns.max_exp_avg_sqs,
+                                               &columns.residuals,   &columns.steps};
+    for (const py::list* column : kept) {
       keepalive_.push_back(item(*column, i));
     }
   }
@@ -157,6 +159,21 @@ bool AdamWTable::state_matches(const py::dict& state) const {
   return true;
 }
 
+// False if a parameter or a state tensor has got other memory, or a parameter another layout.
+bool AdamWTable::tensors_are_in_place() const {
+#ifdef FASTREMEDY_EMULATION
+  for (size_t i = 0; i < rows_.size(); ++i) {  // without torch, DLPack has to tell
+    const DLTensor param = require_tensor(keepalive_[i * kNumColumns], "param");
+    if (data_of(param) != tensors_[i].param || !rows_[i].layout.matches(param)) return false;
+    const DLTensor exp_avg = require_tensor(keepalive_[i * kNumColumns + 1], "exp_avg");
+    if (data_of(exp_avg) != tensors_[i].exp_avg) return false;
+  }
+  return true;
+#else
+  return retained_ == nullptr || is_in_place(retained_);
+#endif
+}
+
 // False if the kernels cannot take the gradient as it is.
 bool AdamWTable::read_grad(PyObject* grad, size_t row) {
   DLTensor view;
@@ -178,9 +195,7 @@ bool AdamWTable::read_grad(PyObject* grad, size_t row) {
 std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_groups,
                                                        const py::dict& state) {
   if (!groups_match(param_groups) || !state_matches(state)) return std::nullopt;
-#ifndef FASTREMEDY_EMULATION
-  if (retained_ != nullptr && !is_in_place(retained_)) return std::nullopt;
-#endif
+  if (!tensors_are_in_place()) return std::nullopt;
   for (const py::object& param : stateless_) {
     if (!grad_of(param.ptr()).is_none()) return std::nullopt;
   }

@@ -82,6 +82,7 @@ class AdamWTable {
 
   bool groups_match(const py::list& param_groups);
   bool state_matches(const py::dict& state) const;
+  bool tensors_are_in_place() const;
   bool read_grad(PyObject* grad, size_t row);
   AdamWArgs arguments(const Step& step);
   bool step_on_cpu(AdamWArgs args);
@@ -92,7 +93,8 @@ class AdamWTable {
   std::vector<Group> groups_;
   std::vector<StateEntry> state_;
   std::vector<py::object> stateless_;
-  std::vector<py::object> keepalive_;
+  static constexpr size_t kNumColumns = 6;
+  std::vector<py::object> keepalive_;  // kNumColumns tensors a row, from params to steps
   RetainedTensors* retained_;
 
   std::vector<AdamWTensor> tensors_;
