@@ -15,17 +15,25 @@ ACCESSES = 8
 
 @pytest.mark.parametrize(("device", "case"), bench.cases_on_devices(), ids=str)
 def bench_step(device: torch.device, case: bench.Case, compare: Callable[..., None]) -> None:
-    candidates = bench.adamw_candidates(case, device)
+    candidates = bench.adamw_candidates(case.params(device), case)
     compare("adamw", case, candidates, device, bytes_per_element=ACCESSES * case.dtype.itemsize)
+
+
+def bench_step_after_backward(device: torch.device, compare: Callable[..., None]) -> None:
+    case = bench.BACKWARD_CASE
+    params = case.params(device)
+    candidates = bench.adamw_candidates(params, case)
+    prepare = bench.backward(params)
+    compare("adamw", case, candidates, device, prepare=prepare, note="gradients new every step")
 
 
 def bench_step_with_many_groups(device: torch.device, compare: Callable[..., None]) -> None:
     case = bench.GROUPED_CASE
-    candidates = bench.grouped_candidates(case, device)
+    candidates = bench.grouped_candidates(case.params(device), case)
     compare("adamw", case, candidates, device, note="465 groups of 2 tensors")
 
 
 def bench_step_against_compiled(device: torch.device, compare: Callable[..., None]) -> None:
     case = bench.COMPILED_CASE
-    candidates = bench.compiled_candidates(case, device)
+    candidates = bench.compiled_candidates(case.params(device), case)
     compare("adamw", case, candidates, device, note="against torch.compile")

@@ -87,6 +87,7 @@ CUDA_CASES = (
     Case(120, 8388608, rounds=10, dtype=torch.bfloat16),
 )
 COMPILED_CASE = Case(100, 262144, rounds=20)  # a thousand tensors compile for minutes
+BACKWARD_CASE = Case(1000, 64, rounds=100)
 GROUPED_CASE = Case(930, 64, rounds=100, num_groups=465)
 
 
@@ -169,31 +170,30 @@ def _quantiles(ms: list[float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in values.items()}
 
 
-def adamw_candidates(case: Case, device: torch.device) -> Candidates:
-    """Return clip + step of one case, ours first."""
-    params = case.params(device)
-    is_cuda = device.type == "cuda"
+def adamw_candidates(
+    params: list[nn.Parameter], case: Case, graphs: bool | None = None
+) -> Candidates:
+    """Return clip + step of one case, ours first; CUDA graphs need gradients that stay in place."""
+    is_cuda = params[0].is_cuda
     candidates: Candidates = {
         OURS: _our_step(params, case),
         FUSED: _stock_step(params, case, fused=True, capturable=is_cuda),
         FOREACH: _stock_step(params, case, foreach=True),
     }
-    if is_cuda:
+    if is_cuda if graphs is None else graphs:
         for name in (OURS, FUSED):
             candidates[name + GRAPHED] = _graphed(candidates[name])
     return candidates
 
 
-def compiled_candidates(case: Case, device: torch.device) -> Candidates:
+def compiled_candidates(params: list[nn.Parameter], case: Case) -> Candidates:
     """Return clip + step, ours first, and stock compiled by ``torch.compile``."""
-    params = case.params(device)
-    compiled = _stock_step(params, case, foreach=True, capturable=device.type == "cuda")
+    compiled = _stock_step(params, case, foreach=True, capturable=params[0].is_cuda)
     return {OURS: _our_step(params, case), COMPILED: torch.compile(compiled)}
 
 
-def grouped_candidates(case: Case, device: torch.device) -> Candidates:
+def grouped_candidates(params: list[nn.Parameter], case: Case) -> Candidates:
     """Return clip + step with many param groups and with a single one, ours first."""
-    params = case.params(device)
     one = replace(case, num_groups=1)
     return {
         OURS: _our_step(params, case),
@@ -218,6 +218,19 @@ def refill(params: list[nn.Parameter]) -> Callable[[], None]:
     grads = [param.grad for param in params if param.grad is not None]
     values = [grad.clone() for grad in grads]
     return lambda: torch._foreach_copy_(grads, values)
+
+
+def backward(params: list[nn.Parameter]) -> Callable[[], None]:
+    """Return a function that gives all parameters new gradients, as training does."""
+    weights = [torch.ones_like(param) for param in params]
+
+    def run() -> None:
+        for param in params:
+            param.grad = None
+        losses = [(param * weight).sum() for param, weight in zip(params, weights, strict=True)]
+        torch.stack(losses).sum().backward()
+
+    return run
 
 
 def _groups(params: list[nn.Parameter], case: Case) -> list[dict[str, list[nn.Parameter]]]:
@@ -290,7 +303,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"clip + AdamW step on {device}, backend {backend}, {NUM_THREADS} threads, median ms")
     print(f"{'parameters':<16}{OURS:>12}{FUSED:>14}{FOREACH:>15}{'times faster':>14}")
     for case in cases(device):
-        side = SideBySide(adamw_candidates(case, device), device)
+        side = SideBySide(adamw_candidates(case.params(device), case), device)
         side.run(case.rounds)
         p50 = {name: quantiles["p50"] for name, quantiles in side.quantiles().items()}
         times = f"{p50[OURS]:>12.3f}{p50[FUSED]:>14.3f}{p50[FOREACH]:>15.3f}"

@@ -159,6 +159,17 @@ class Run:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: more would wait for each other, the tensors are so small."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@contextlib.contextmanager
 def stopwatch(ms: list[float], device: torch.device) -> Iterator[None]:
     """Append the milliseconds that the block takes, work of the device included."""
     if device.type == "cuda":
@@ -261,7 +272,7 @@ def train(data: Data, epochs: int, device: torch.device) -> Comparison:
         TextColumn("loss {task.fields[loss]:.4f}, differs by {task.fields[difference]:.1e}"),
     )
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with exact, Progress(*columns) as progress:
+    with exact, one_thread(), Progress(*columns) as progress:
         task = progress.add_task("training", total=num_steps, loss=math.nan, difference=0.0)
         for _ in range(epochs):
             order = torch.randperm(len(data.train_images), generator=shuffle).to(device)

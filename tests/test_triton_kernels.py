@@ -1,11 +1,11 @@
-"""The Triton kernels themselves, on a GPU or interpreted: rounding, chunks, norms, the update."""
+"""The Triton kernels themselves, on a GPU or interpreted: rounding, chunks and norms."""
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -18,13 +18,14 @@ if not HAS_GPU:
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from fastremedy.triton_kernels import clip_grad_norm, multi_tensor, rounding  # noqa: E402
+
 from fastremedy.ops import adamw as definition  # noqa: E402
-from fastremedy.ops.adamw import Columns, Hyper, Options  # noqa: E402
-from fastremedy.triton_kernels import adamw, clip_grad_norm, multi_tensor, rounding  # noqa: E402
 
 from .reference import (  # noqa: E402
     FLOATS,
     HALVES,
+    UNIT_ROUNDOFF,
     assert_close_to_reference,
     assert_same_bits,
     clip_reference,
@@ -36,11 +37,10 @@ SIZES = (0, 1, 7, 127, 129, 1023, 1024, 1025)  # around the narrow and the wide 
 NORM_TYPES = (2.0, 1.0, math.inf, -math.inf, 0.0, 3.0, 0.5, -1.0)
 
 
-def make_views(sizes: tuple[int, ...], dtype: torch.dtype, offset: int) -> list[Tensor]:
-    """Return views into the middle of larger buffers; offset 1 is not aligned to 16 bytes."""
-    return [
-        torch.randn(size + 8, device=DEVICE).to(dtype)[offset : offset + size] for size in sizes
-    ]
+def make_views(sizes: Sequence[int], dtype: torch.dtype, offset: int) -> list[Tensor]:
+    """Return views of larger buffers; those with offset 1 are not aligned to 16 bytes."""
+    buffers = [torch.randn(offset + size, device=DEVICE).to(dtype) for size in sizes]
+    return [buffer[offset:] for buffer in buffers]
 
 
 # --- rounding ---
@@ -58,10 +58,11 @@ def _round_kernel(
 
 
 @triton.jit
-def _noise_kernel(out_ptr, seed_ptr, stream, step, begin, BLOCK: tl.constexpr):
-    key = rounding.noise_key(tl.load(seed_ptr), stream.to(tl.uint32), step.to(tl.uint32))
+def _noise_kernel(out_ptr, words_ptr, stream, step, BLOCK: tl.constexpr):
+    seed = tl.load(words_ptr)
+    key = rounding.noise_key(seed, stream.to(tl.uint32), step.to(tl.uint32))
     offsets = tl.arange(0, BLOCK)
-    noise = rounding.noise_bits(key, begin.to(tl.int64), offsets)
+    noise = rounding.noise_bits(key, tl.load(words_ptr + 1), offsets)
     tl.store(out_ptr + offsets, noise.to(tl.int64))
 
 
@@ -96,8 +97,8 @@ def test_noise_has_the_bits_of_the_definition(
     seed: int, stream: int, step: int, begin: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = torch.empty(512, dtype=torch.int64, device=DEVICE)
-    signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed], device=DEVICE)
-    _noise_kernel[(1,)](out, signed, stream, step, begin, BLOCK=512)
+    words = torch.tensor([seed - 2**64 if seed >= 2**63 else seed, begin], device=DEVICE)
+    _noise_kernel[(1,)](out, words, stream, step, BLOCK=512)
     elements = torch.arange(begin, begin + 512, device=DEVICE)
     monkeypatch.setattr(definition, "element_index", lambda like: elements)
     count = torch.tensor(float(step), device=DEVICE)
@@ -189,13 +190,15 @@ def test_mixed_dtypes_and_several_chunks() -> None:
     sizes = (5, chunk - 1, chunk, 0, chunk + 1, 2 * chunk + 3)
     dtypes = [*FLOATS, torch.float32, torch.bfloat16]
     grads = [make_views((n,), dtype, 0)[0] for n, dtype in zip(sizes, dtypes, strict=True)]
-    norm64, clipped64 = clip_reference(grads, 1.0, 2.0)
+    copies = [grad.to(torch.float64, copy=True) for grad in grads]
+    norm64, _ = clip_reference(grads, 1.0, 2.0)
     norm = clip_grad_norm.clip_grad_norm_(grads, 1.0, 2.0)
     assert norm.dtype == torch.float64
-    # Sums of float32 and halves: one rounding error of float32 for each element of a lane at most.
-    torch.testing.assert_close(norm.cpu(), norm64, rtol=2.0**-24, atol=0)
-    for grad, reference in zip(grads, clipped64, strict=True):
-        assert_close_to_reference(grad, reference, reference.to(grad.dtype))
+    # A lane adds a few squares in float32; over all lanes their errors cancel.
+    torch.testing.assert_close(norm.cpu(), norm64, rtol=UNIT_ROUNDOFF[torch.float32], atol=0)
+    for grad, before in zip(grads, copies, strict=True):
+        clipped64 = before / (norm + 1e-6)
+        assert_close_to_reference(grad, clipped64, clipped64.to(grad.dtype))
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
@@ -214,7 +217,7 @@ def test_sums_do_not_overflow_or_underflow(
     dtype: torch.dtype, value: float, count: int, norm_type: float
 ) -> None:
     grad = torch.full((count,), value, dtype=dtype, device=DEVICE)
-    norm64, _ = clip_reference([grad], math.inf, norm_type)
+    norm64 = grad[0].double().cpu() * count ** (1 / norm_type)
     norm = clip_grad_norm.grad_norm([grad], norm_type)
     assert_close_to_reference(norm, norm64, norm64.to(norm.dtype))
 
@@ -239,6 +242,3 @@ def test_nan_and_infinity_pass(dtype: torch.dtype, norm_type: float, position: i
 def test_nothing_has_norm_zero(norm_type: float) -> None:
     empty = torch.empty(0, 3, device=DEVICE)
     assert clip_grad_norm.clip_grad_norm_([empty, empty], 1.0, norm_type).item() == 0
-
-
-# --- AdamW ---

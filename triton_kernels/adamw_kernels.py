@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .clip_grad_norm_kernels import clip_coefficient, combine_partials
 from .multi_tensor import NARROW_BLOCK, aligned_pointer, locate_chunk, wide_count
-from .rounding import noise_bits, noise_key, round_nearest, round_stochastic
+from .rounding import noise_bits, noise_key, round_nearest, round_stochastic, widen
 
 NUM_HYPERS = tl.constexpr(7)  # lr, beta1, beta2, eps, weight_decay, maximize, decoupled
 NUM_COEFFICIENTS = tl.constexpr(8)  # as _adamw_update unpacks them
@@ -96,22 +96,22 @@ def _update_block(
     """Update the elements ``begin + offsets``; a mask of None takes them all."""
     grad_ptr, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, residual_ptr = pointers
     elements = begin + offsets
-    grad = tl.load(grad_ptr + elements, mask=mask).to(OPMATH)
+    grad = widen(tl.load(grad_ptr + elements, mask=mask), OPMATH)
     stored = tl.load(param_ptr + elements, mask=mask)
     stored_avg = tl.load(exp_avg_ptr + elements, mask=mask)
-    param = stored.to(OPMATH)
-    exp_avg = stored_avg.to(OPMATH)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + elements, mask=mask).to(OPMATH)
+    param = widen(stored, OPMATH)
+    exp_avg = widen(stored_avg, OPMATH)
+    exp_avg_sq = widen(tl.load(exp_avg_sq_ptr + elements, mask=mask), OPMATH)
     max_exp_avg_sq = exp_avg_sq
     if AMSGRAD:
-        max_exp_avg_sq = tl.load(max_exp_avg_sq_ptr + elements, mask=mask).to(OPMATH)
+        max_exp_avg_sq = widen(tl.load(max_exp_avg_sq_ptr + elements, mask=mask), OPMATH)
     if ROUNDING == "kahan" or ROUNDING == "master":
         residual = tl.load(residual_ptr + elements, mask=mask)
     if ROUNDING == "kahan":
-        param += residual.to(OPMATH)
+        param += widen(residual, OPMATH)
     elif ROUNDING == "master":
         # A master whose rounding is not the parameter is stale: that was set from outside.
-        is_current = round_nearest(residual, stored.dtype).to(OPMATH) == param
+        is_current = widen(round_nearest(residual, stored.dtype), OPMATH) == param
         param = tl.where(is_current, residual, param)
 
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = _adamw_update(
@@ -125,8 +125,8 @@ def _update_block(
     tl.store(param_ptr + elements, rounded, mask=mask)
     if ROUNDING == "kahan":
         # Infinity minus infinity: nothing is left to compensate.
-        is_finite = tl.abs(rounded.to(OPMATH)) < float("inf")
-        lost = tl.where(is_finite, param - rounded.to(OPMATH), 0.0)
+        kept = widen(rounded, OPMATH)
+        lost = tl.where(tl.abs(kept) < float("inf"), param - kept, 0.0)
         tl.store(residual_ptr + elements, round_nearest(lost, residual.dtype), mask=mask)
     elif ROUNDING == "master":
         tl.store(residual_ptr + elements, param, mask=mask)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .multi_tensor import NARROW_BLOCK, aligned_pointer, locate_chunk, wide_count
-from .rounding import round_nearest
+from .rounding import round_nearest, widen
 
 # 16384 squares that are lost below 2^-126 are less than 2^-24 of any larger sum.
 SMALLEST_SAFE_SUM = tl.constexpr(2.0**-88)
@@ -82,7 +82,7 @@ def _reduce_chunk(
     total = tl.zeros((BLOCK,), ACC)
     extreme = _magnitude_bits(tl.full((BLOCK,), _identity(NORM), ACC))
     for start in range(0, num_wide, BLOCK):
-        value = tl.load(wide_ptr + start + offsets).to(ACC) * scale
+        value = widen(tl.load(wide_ptr + start + offsets), ACC) * scale
         total += _norm_term(value, norm_type, NORM)
         extreme = _wider_extreme(extreme, value, NORM)
 
@@ -93,7 +93,7 @@ def _reduce_chunk(
     rest_extreme = _magnitude_bits(tl.full((NARROW_BLOCK,), _identity(NORM), ACC))
     for start in range(num_wide, count, NARROW_BLOCK):
         mask = start + offsets < count
-        value = tl.load(grad_ptr + start + offsets, mask=mask, other=padding).to(ACC) * scale
+        value = widen(tl.load(grad_ptr + start + offsets, mask=mask, other=padding), ACC) * scale
         rest_total += _norm_term(value.to(tl.float64), norm_type, NORM)
         rest_extreme = _wider_extreme(rest_extreme, value, NORM)
 
@@ -264,11 +264,11 @@ def scale_kernel(
         num_wide = wide_count(count, address, BLOCK)
         offsets = tl.arange(0, BLOCK)
         for start in range(0, num_wide, BLOCK):
-            value = tl.load(wide_ptr + start + offsets).to(ACC) * factor
+            value = widen(tl.load(wide_ptr + start + offsets), ACC) * factor
             tl.store(wide_ptr + start + offsets, round_nearest(value, DTYPE))
         grad_ptr = address.to(tl.pointer_type(DTYPE)) + begin
         offsets = tl.arange(0, NARROW_BLOCK)
         for start in range(num_wide, count, NARROW_BLOCK):
             mask = start + offsets < count
-            value = tl.load(grad_ptr + start + offsets, mask=mask).to(ACC) * factor
+            value = widen(tl.load(grad_ptr + start + offsets, mask=mask), ACC) * factor
             tl.store(grad_ptr + start + offsets, round_nearest(value, DTYPE), mask=mask)

@@ -12,6 +12,15 @@ import triton.language as tl
 
 
 @triton.jit
+def widen(stored, OPMATH: tl.constexpr):
+    """Convert from a storage dtype; the interpreter's own conversion spoils bfloat16 subnormals."""
+    if stored.dtype.is_bf16():
+        bits = stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(OPMATH)
+    return stored.to(OPMATH)
+
+
+@triton.jit
 def round_nearest(value, DTYPE: tl.constexpr):
     """Convert to a storage dtype, ties to even; 16 bits are reached by way of float32."""
     if DTYPE.is_bf16():

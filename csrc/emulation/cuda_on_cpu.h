@@ -1,14 +1,13 @@
 // The part of CUDA that the kernels use, for a C++ compiler without CUDA: see grid.h for how it
 // runs.
 //
-// Compile with -fno-strict-aliasing: kernels read memory through vectors of another type.
+// Compile with -fno-strict-aliasing (kernels read memory through vectors of another type) and with
+// -Wno-unknown-pragmas (unroll).
 #pragma once
 
 #include <cmath>
 
 #include "grid.h"
-
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // unroll
 
 #define __global__
 #define __device__

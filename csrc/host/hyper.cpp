@@ -21,18 +21,24 @@ PyObject* const* hyper_names() {
   return interned;
 }
 
+[[noreturn]] void throw_not_a_number(const py::object& value, const char* name) {
+  PyErr_Clear();
+  throw py::type_error(std::string(name) + " must be a number or a 1-element float tensor, got " +
+                       std::string(py::repr(value)));
+}
+
 // A number, or a CPU tensor of one element; a CUDA tensor gives its pointer instead.
 double number_from(const py::object& value, const char* name, DLDevice device,
                    const float** device_pointer) {
   if (PyFloat_Check(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   DLTensor tensor;
   if (PyLong_Check(value.ptr()) || !read_tensor(value.ptr(), &tensor)) {
-    return value.cast<double>();
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (number == -1.0 && PyErr_Occurred() != nullptr) throw_not_a_number(value, name);
+    return number;
   }
   DType dtype;
-  if (numel_of(tensor) != 1 || !dtype_of(tensor, &dtype)) {
-    throw py::value_error(std::string(name) + " must be a number or a 1-element float tensor");
-  }
+  if (numel_of(tensor) != 1 || !dtype_of(tensor, &dtype)) throw_not_a_number(value, name);
   const void* data = data_of(tensor);
   if (device_pointer != nullptr && is_cuda(device) && same_device(tensor.device, device) &&
       dtype == DType::kFloat32) {
@@ -77,6 +83,10 @@ bool HyperReader::read(const py::dict& group, DLDevice device, AdamWHyper* hyper
 
   AdamWHyper next{};
   next.lr = number_from(values[0], "lr", device, &next.lr_tensor);
+  if (!PySequence_Check(values[1].ptr()) || py::len(values[1]) != 2) {
+    throw py::value_error("betas must be a pair of numbers, got " +
+                          std::string(py::repr(values[1])));
+  }
   const py::sequence betas = values[1];
   next.beta1 = number_from(betas[0], "betas[0]", device, nullptr);
   next.beta2 = number_from(betas[1], "betas[1]", device, nullptr);

@@ -177,7 +177,10 @@ class PythonTable:
         for param, values in state.items():
             signature.append(id(param))
             signature += [id(value) for value in values.values()]
-        signature += [param.data_ptr() for param in self._rows.columns.params]
+        columns = self._rows.columns
+        signature += [(p.data_ptr(), p.shape, p.stride()) for p in columns.params]
+        states = (columns.exp_avgs, columns.exp_avg_sqs, columns.max_exp_avg_sqs, columns.residuals)
+        signature += [t.data_ptr() for column in states for t in column if t is not None]
         return signature
 
     def gather(
@@ -233,15 +236,31 @@ def _matches(grad: Tensor, param: Tensor) -> bool:
 
 
 def hyper_of(group: Group) -> Hyper:
-    """Return the hyper-parameters of a param group."""
-    beta1, beta2 = group["betas"]
+    """Return the hyper-parameters of a param group.
+
+    Raises:
+        TypeError: one is not a number; the message names it.
+        ValueError: ``betas`` is not a pair.
+    """
+    lr, betas = group["lr"], group["betas"]
+    if len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     return Hyper(
-        group["lr"],
-        float(beta1),
-        float(beta2),
-        group["eps"],
-        group["weight_decay"],
+        lr if isinstance(lr, Tensor) and lr.numel() == 1 else _number("lr", lr),
+        _number("betas[0]", betas[0]),
+        _number("betas[1]", betas[1]),
+        _number("eps", group["eps"]),
+        _number("weight_decay", group["weight_decay"]),
         group["maximize"],
         group["amsgrad"],
         group["decoupled_weight_decay"],
     )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+        pass
+    raise TypeError(f"{name} must be a number or a 1-element float tensor, got {value!r}")
