@@ -16,6 +16,8 @@ ACCESSES = 8
 @pytest.mark.parametrize(("device", "case"), bench.cases_on_devices(), ids=str)
 def bench_step(device: torch.device, case: bench.Case, compare: Callable[..., None]) -> None:
     candidates = bench.adamw_candidates(case.params(device), case)
+    if device.type == "cuda":
+        candidates |= bench.graphed_candidates(candidates)
     compare("adamw", case, candidates, device, bytes_per_element=ACCESSES * case.dtype.itemsize)
 
 
@@ -33,6 +35,7 @@ def bench_step_with_many_groups(device: torch.device, compare: Callable[..., Non
     compare("adamw", case, candidates, device, note="465 groups of 2 tensors")
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.compile has deprecation warnings of its own
 def bench_step_against_compiled(device: torch.device, compare: Callable[..., None]) -> None:
     case = bench.COMPILED_CASE
     candidates = bench.compiled_candidates(case.params(device), case)

@@ -170,20 +170,18 @@ def _quantiles(ms: list[float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in values.items()}
 
 
-def adamw_candidates(
-    params: list[nn.Parameter], case: Case, graphs: bool | None = None
-) -> Candidates:
-    """Return clip + step of one case, ours first; CUDA graphs need gradients that stay in place."""
-    is_cuda = params[0].is_cuda
-    candidates: Candidates = {
+def adamw_candidates(params: list[nn.Parameter], case: Case) -> Candidates:
+    """Return clip + step of one case, ours first."""
+    return {
         OURS: _our_step(params, case),
-        FUSED: _stock_step(params, case, fused=True, capturable=is_cuda),
+        FUSED: _stock_step(params, case, fused=True, capturable=params[0].is_cuda),
         FOREACH: _stock_step(params, case, foreach=True),
     }
-    if is_cuda if graphs is None else graphs:
-        for name in (OURS, FUSED):
-            candidates[name + GRAPHED] = _graphed(candidates[name])
-    return candidates
+
+
+def graphed_candidates(candidates: Candidates) -> Candidates:
+    """Return the same under CUDA graphs; gradients have to stay where they are."""
+    return {name + GRAPHED: _graphed(candidates[name]) for name in (OURS, FUSED)}
 
 
 def compiled_candidates(params: list[nn.Parameter], case: Case) -> Candidates:
@@ -268,7 +266,7 @@ def _graphed(step: Callable[[], object]) -> Callable[[], object]:
 
 def copy_gb_per_s(device: torch.device) -> float:
     """Return the bandwidth of a large copy, bytes read and written."""
-    source = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    source = torch.zeros(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = SideBySide({"copy": lambda: target.copy_(source)}, device)
     side.run(rounds=20)

@@ -25,7 +25,9 @@ struct AdvanceSteps {
       float* const step = as_global(args.tensors[t].step);
       const float next_step = *step + 1.0f;
       *step = next_step;
-      args.corrections[t] = adamw_correction(args.hypers[args.tensors[t].group], next_step);
+      AdamWHyper hyper = args.hypers[args.tensors[t].group];
+      hyper.lr_tensor = as_global(hyper.lr_tensor);
+      args.corrections[t] = adamw_correction(hyper, next_step);
     }
     const bool is_skipped = __syncthreads_or(has_grad) && result.skip;
     if (is_skipped && threadIdx.x == 0) *args.num_skipped += 1;

@@ -10,8 +10,8 @@
 
 namespace fastremedy::cuda {
 
-// 512 threads take 128 elements each: long enough to hide the latency of the first load, short enough
-// that a tensor of 1 M elements spreads over 16 blocks.
+// 512 threads take 128 elements each: long enough to hide the latency of the first load, short
+// enough that a tensor of 1 M elements spreads over 16 blocks.
 inline constexpr int64_t kChunkSize = 65536;
 
 // Copies host bytes into device memory on the stream. Inside a graph capture the bytes travel as

@@ -80,11 +80,10 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   bool is_done = false;
   while (!is_done) {
     unsigned next = old >= limit ? 0 : old + 1;
-    is_done = thread.has_fenced
-                  ? __atomic_compare_exchange(address, &old, &next, false, __ATOMIC_RELEASE,
-                                              __ATOMIC_RELAXED)
-                  : __atomic_compare_exchange(address, &old, &next, false, __ATOMIC_RELAXED,
-                                              __ATOMIC_RELAXED);
+    is_done = thread.has_fenced ? __atomic_compare_exchange(address, &old, &next, false,
+                                                            __ATOMIC_RELEASE, __ATOMIC_RELAXED)
+                                : __atomic_compare_exchange(address, &old, &next, false,
+                                                            __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   }
   return old;
 }

@@ -11,8 +11,7 @@ namespace fastremedy {
 namespace {
 
 struct Retained {
-  Retained(torch::stable::Tensor kept)
-      : tensor(std::move(kept)), data(tensor.data_ptr()) {
+  Retained(torch::stable::Tensor kept) : tensor(std::move(kept)), data(tensor.data_ptr()) {
     for (int64_t d = 0; d < tensor.dim(); ++d) {
       layout.push_back(tensor.size(d));
       layout.push_back(tensor.stride(d));
