@@ -27,7 +27,8 @@ def clip_(
     Differs in:
         - The norm is float32 (float64 if a gradient is) and its sums do not overflow: float16
           gradients of 1e4 and float32 gradients of 1e20 are clipped instead of set to zero.
-        - Gradients stay untouched, to the bit, when the norm is within ``max_norm``.
+          (Sums are float64: the squares of float64 gradients above 1e154 overflow, as in torch.)
+        - Gradients stay untouched, to the bit, when the norm + 1e-6 is within ``max_norm``.
         - Empty gradients are fine for every ``norm_type``; ``norm_type=0`` counts elements.
         - A negative or NaN ``max_norm`` is an error. An infinite one measures only.
         - The result is bitwise the same for any number of threads.

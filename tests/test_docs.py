@@ -48,12 +48,15 @@ def test_before_and_after_of_the_readme_train_alike() -> None:
             "torch": torch,
             "fastremedy": fastremedy,
             "model": model,
-            "inputs": 30 * torch.randn(16, 8),  # large gradients: they are clipped
-            "targets": torch.randn(16, 4),
             "loss_function": torch.nn.functional.mse_loss,
         }
         lines = [line[1:] for line in diff.splitlines() if line[0] in (mark, " ")]
-        exec(compile("\n".join(lines), "README.md", "exec"), namespace)
+        exec(lines[0], namespace)
+        for scale in (30.0, 0.1, 3.0):  # some gradients are clipped, some are not
+            namespace["inputs"] = scale * torch.randn(16, 8)
+            namespace["targets"] = scale * torch.randn(16, 4)
+            model.zero_grad()
+            exec("\n".join(lines[1:]), namespace)
         results.append(list(model.parameters()))
     torch.testing.assert_close(*results)
 

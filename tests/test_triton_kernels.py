@@ -142,6 +142,19 @@ def test_every_chunk_finds_its_tensor(sizes: list[int], monkeypatch: pytest.Monk
     assert out.tolist() == expected
 
 
+@triton.jit
+def _wide_count_kernel(out_ptr, addresses_ptr, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    tl.store(out_ptr + i, multi_tensor.wide_count(count, tl.load(addresses_ptr + i), BLOCK))
+
+
+def test_only_aligned_blocks_are_wide() -> None:
+    addresses = torch.tensor([0, 16, 2**40, 2, 4, 8, 2**40 + 8, 24], device=DEVICE)
+    out = torch.empty_like(addresses)
+    _wide_count_kernel[(8,)](out, addresses, 100, BLOCK=32)
+    assert out.tolist() == [96, 96, 96, 0, 0, 0, 0, 0]
+
+
 def test_runs_cover_the_rows_of_each_key() -> None:
     chunk = multi_tensor.CHUNK
     starts = multi_tensor.first_chunks([1, chunk, 0, chunk + 1, 0])

@@ -54,7 +54,7 @@ FASTREMEDY_DEVICE char* element_at(void* data, DType dtype, int64_t i) {
 
 // kWidth elements as memory has them; narrower elements than T fill the front. The rest is zero,
 // not undefined: ptxas keeps registers that only some dtypes write alive over the whole kernel, and
-// adamw_update_kernel would take 255 of them instead of 118.
+// adamw_update_kernel would spill about 500 bytes.
 template <class T, int kWidth>
 struct Stored {
   uint32_t words[kWidth * sizeof(T) / sizeof(uint32_t)] = {};
@@ -188,7 +188,7 @@ FASTREMEDY_DEVICE Stored<T, kWidth> pack(const T (&values)[kWidth], DType dtype)
 // with kBatch loads under way at once. Where vectors do not fit (the tail, misaligned tensors)
 // neighbouring threads take neighbouring elements.
 template <class T, int kBatch, class Load, class Use>
-FASTREMEDY_DEVICE void for_each_vec(int32_t size, bool is_aligned, Load load, Use use) {
+FASTREMEDY_DEVICE void for_each_vec(int32_t size, bool all_aligned, Load load, Use use) {
   const auto visit = [&](auto width, int32_t begin, int32_t end) {
     const int32_t step = static_cast<int32_t>(blockDim.x) * width.value;
     int32_t i = begin + static_cast<int32_t>(threadIdx.x) * width.value;
@@ -205,7 +205,7 @@ FASTREMEDY_DEVICE void for_each_vec(int32_t size, bool is_aligned, Load load, Us
     for (; i < end; i += step) use(width, i, load(width, i));
   };
   constexpr int kWidth = kVecSize<T>;
-  const int32_t vecs_end = is_aligned ? size / kWidth * kWidth : 0;
+  const int32_t vecs_end = all_aligned ? size / kWidth * kWidth : 0;
   visit(std::integral_constant<int, kWidth>(), 0, vecs_end);
   visit(std::integral_constant<int, 1>(), vecs_end, size);
 }

@@ -91,7 +91,6 @@ class Model {
     }
     tensor.step = memory_.upload(std::vector<float>{static_cast<float>(tensors_.size() % 3)});
     tensors_.push_back(tensor);
-    // Gradients move from step to step; in one step they are aligned unlike the parameter.
     grads_.push_back(
         {random_array(dtypes.param, numel, 0.1, is_misaligned), numel, dtypes.param, 0});
   }
@@ -323,7 +322,7 @@ void check_rounding(Rounding rounding) {
   model.step(NormKind::kNone, scaled, true, "found_inf");
 
   if (emulation::kHasRealThreads || rounding != Rounding::kNearest) return;
-  // What follows is about values, and not those of the parameters.
+  // What follows concerns the norm and the steps, not how parameters are stored.
   ClipOptions checked = options;
   checked.skip_nonfinite = 1;
   checked.max_norm = 2;

@@ -36,7 +36,7 @@ class Gradients {
     grads_.back().data = nullptr;
   }
 
-  ClipResult norm(double norm_type, double max_norm = kInfinity, void* stream = nullptr) {
+  ClipResult norm(double norm_type, double max_norm = kInfinity) {
     Memory tables;
     GradNormArgs args{};
     const std::vector<Chunk> chunks = make_chunks(grads_);
@@ -51,13 +51,13 @@ class Gradients {
     args.result = tables.upload(std::vector<ClipResult>(1));
     args.total_norm = tables.upload(std::vector<double>{-1});
     args.total_norm_dtype = DType::kFloat64;
-    expect(cuda::launch_grad_norm(args, stream) == 0, "launch_grad_norm");
+    expect(cuda::launch_grad_norm(args, nullptr) == 0, "launch_grad_norm");
     expect(*args.counter == 0, "the counter returns to 0");
     const ClipResult result = *args.result;
     const double total_norm = *static_cast<double*>(args.total_norm);
     expect(is_close(total_norm, result.total_norm, 0), "total_norm is the result's");
     if (max_norm != kInfinity) {
-      expect(cuda::launch_scale_grads(args, stream) == 0, "launch_scale_grads");
+      expect(cuda::launch_scale_grads(args, nullptr) == 0, "launch_scale_grads");
     }
     expect(memory_.is_intact() && tables.is_intact(), "norm: guard bytes are written");
     return result;

@@ -65,8 +65,8 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
-// Atomics order nothing by themselves: a fence before makes one release, a fence after lets what it
-// read be acquired. So ThreadSanitizer sees a missing fence as a data race.
+// An atomic alone orders no other access. After a fence it releases, and a fence after it acquires
+// what it read: so ThreadSanitizer sees a missing fence as a data race.
 inline void __threadfence() {
   emulation::Thread& thread = *emulation::current_thread();
   thread.has_fenced = true;

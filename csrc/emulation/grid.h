@@ -46,7 +46,7 @@ inline constexpr bool kHasRealThreads = false;
 
 inline constexpr int kWarpSize = 32;
 inline constexpr int kResidentBlocks = 6;
-inline constexpr size_t kSharedBytes = 48 << 10;
+inline constexpr size_t kSharedBytes = 48 << 10;  // what every device gives a block
 
 [[noreturn]] inline void fail(const char* reason) {
   std::fprintf(stderr, "CUDA emulation: %s\n", reason);
@@ -134,7 +134,7 @@ struct Thread {
   unsigned num_votes = 0;
   unsigned num_shuffles = 0;
   bool has_fenced = false;
-  const unsigned* last_atomic = nullptr;
+  const unsigned* last_atomic = nullptr;  // its address
 };
 
 inline Thread*& current_thread() {
@@ -187,6 +187,7 @@ class Scheduler {
     }
     for (size_t i = 0; i < threads.size(); ++i) start(threads[i], i);
     size_t num_done = 0;
+    // Rounds alternate in direction: no thread is always the first.
     for (bool is_forward = true; num_done < threads.size(); is_forward = !is_forward) {
       bool is_stuck = true;
       for (size_t i = 0; i < fibers_.size(); ++i) {
@@ -198,8 +199,7 @@ class Scheduler {
         num_done += running_->is_done;
         is_stuck = false;
       }
-      if (is_stuck)
-        fail("deadlock: threads wait at a barrier that others of the block never reach");
+      if (is_stuck) fail("deadlock: threads wait at a barrier that others never reach");
     }
     current_thread() = nullptr;
   }
@@ -217,7 +217,7 @@ class Scheduler {
   }
 
  private:
-  static constexpr size_t kStackBytes = 64 << 10;
+  static constexpr size_t kStackBytes = 64 << 10;  // of a fiber
 
   struct Fiber {
     ucontext_t context;

@@ -14,6 +14,9 @@
 PYBIND11_MODULE(FASTREMEDY_MODULE, module) {
   namespace host = fastremedy::host;
   module.attr("has_cuda") = host::kHasCuda;
+#ifdef FASTREMEDY_WITH_CUDA
+  module.attr("cuda_archs") = FASTREMEDY_CUDA_ARCHS;
+#endif
   module.def("cuda_device_count", [] {
 #if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
     return fastremedy::cuda::device_count();
