@@ -55,44 +55,15 @@ class Model {
   void add_sizes() {
     for (const DTypes dtypes : kDTypes) {
       int32_t group = 0;
-      for (const int64_t numel : {0, 1, 7, 8, 9, 515}) {
-        add(dtypes, numel, group++ % 4, false);
-        add(dtypes, numel, group++ % 4, true);
+      for (const int64_t numel : {0, 1, 7, 8, 9, 515}) add(dtypes, numel, group++ % 4);
+      for (const Operand misaligned : {kParam, kGrad, kExpAvg, kExpAvgSq, kMax, kResidual}) {
+        add(dtypes, 515, misaligned == kMax ? 1 : group++ % 4, misaligned);
       }
     }
     for (size_t t = 3; t < grads_.size(); t += 7) grads_[t].data = nullptr;
     for (const int64_t offset : {-1, 0, 1, 600}) {
-      add({DType::kBFloat16, DType::kFloat32}, cuda::kChunkSize + offset, offset == 0, false);
+      add({DType::kBFloat16, DType::kFloat32}, cuda::kChunkSize + offset, offset == 0);
     }
-  }
-
-  void add(DTypes dtypes, int64_t numel, int32_t group, bool is_misaligned) {
-    AdamWTensor tensor{};
-    tensor.numel = numel;
-    tensor.param_dtype = dtypes.param;
-    tensor.state_dtype = dtypes.state;
-    tensor.group = group;
-    tensor.noise_stream = static_cast<uint32_t>(tensors_.size());
-    tensor.param = random_array(dtypes.param, numel, 1, is_misaligned);
-    tensor.exp_avg = random_array(dtypes.state, numel, 0.1, false);
-    tensor.exp_avg_sq = random_array(dtypes.state, numel, 0.1, false);
-    make_positive(tensor.exp_avg_sq, dtypes.state, numel);
-    if (hypers_[group].amsgrad) {
-      tensor.max_exp_avg_sq = random_array(dtypes.state, numel, 0.1, is_misaligned);
-      make_positive(tensor.max_exp_avg_sq, dtypes.state, numel);
-    }
-    if (is_narrow(dtypes.param) && rounding_ >= Rounding::kKahan) {
-      tensor.residual = random_array(residual_dtype(dtypes.param), numel, 1e-3, is_misaligned);
-      for (int64_t i = 0; rounding_ == Rounding::kMaster && i < numel; ++i) {
-        if (i % 5 == 4) continue;  // a stale master: the parameter was set from outside
-        const double param = get(tensor.param, dtypes.param, i);
-        set(tensor.residual, DType::kFloat32, i, param + 0.3 * spacing(dtypes.param, param));
-      }
-    }
-    tensor.step = memory_.upload(std::vector<float>{static_cast<float>(tensors_.size() % 3)});
-    tensors_.push_back(tensor);
-    grads_.push_back(
-        {random_array(dtypes.param, numel, 0.1, is_misaligned), numel, dtypes.param, 0});
   }
 
   std::vector<GradTensor>& grads() { return grads_; }
@@ -135,12 +106,42 @@ class Model {
     return rounding_ == Rounding::kMaster ? DType::kFloat32 : param;
   }
 
-  void* random_array(DType dtype, int64_t numel, double scale, bool is_misaligned) {
-    const int size = element_size(dtype);
-    void* const data = memory_.allocate(numel * size, is_misaligned ? size : 0);
-    std::normal_distribution<double> normal(0, scale);
-    for (int64_t i = 0; i < numel; ++i) set(data, dtype, i, i % 11 == 10 ? 0.0 : normal(random_));
-    return data;
+  enum Operand { kNone, kParam, kGrad, kExpAvg, kExpAvgSq, kMax, kResidual };
+
+  // A misaligned operand begins one element after an aligned address.
+  void add(DTypes dtypes, int64_t numel, int32_t group, Operand misaligned = kNone) {
+    const auto random_array = [&](Operand operand, DType dtype, double scale) {
+      const int size = element_size(dtype);
+      void* const data = memory_.allocate(numel * size, operand == misaligned ? size : 0);
+      std::normal_distribution<double> normal(0, scale);
+      for (int64_t i = 0; i < numel; ++i) set(data, dtype, i, i % 11 == 10 ? 0.0 : normal(random_));
+      return data;
+    };
+    AdamWTensor tensor{};
+    tensor.numel = numel;
+    tensor.param_dtype = dtypes.param;
+    tensor.state_dtype = dtypes.state;
+    tensor.group = group;
+    tensor.noise_stream = static_cast<uint32_t>(tensors_.size());
+    tensor.param = random_array(kParam, dtypes.param, 1);
+    tensor.exp_avg = random_array(kExpAvg, dtypes.state, 0.1);
+    tensor.exp_avg_sq = random_array(kExpAvgSq, dtypes.state, 0.1);
+    make_positive(tensor.exp_avg_sq, dtypes.state, numel);
+    if (hypers_[group].amsgrad) {
+      tensor.max_exp_avg_sq = random_array(kMax, dtypes.state, 0.1);
+      make_positive(tensor.max_exp_avg_sq, dtypes.state, numel);
+    }
+    if (is_narrow(dtypes.param) && rounding_ >= Rounding::kKahan) {
+      tensor.residual = random_array(kResidual, residual_dtype(dtypes.param), 1e-3);
+      for (int64_t i = 0; rounding_ == Rounding::kMaster && i < numel; ++i) {
+        if (i % 5 == 4) continue;  // a stale master: the parameter was set from outside
+        const double param = get(tensor.param, dtypes.param, i);
+        set(tensor.residual, DType::kFloat32, i, param + 0.3 * spacing(dtypes.param, param));
+      }
+    }
+    tensor.step = memory_.upload(std::vector<float>{static_cast<float>(tensors_.size() % 3)});
+    tensors_.push_back(tensor);
+    grads_.push_back({random_array(kGrad, dtypes.param, 0.1), numel, dtypes.param, 0});
   }
 
   static void make_positive(void* data, DType dtype, int64_t numel) {
@@ -210,12 +211,16 @@ class Model {
   void expect_updated(size_t t, const Before& before, const Before& after, double grad_factor,
                       const std::string& name) const {
     using Real = Bounded<T>;
+    using Double = Bounded<double>;  // what depends on the step is computed in double, then rounded
     using Wide = long double;
     const AdamWTensor& tensor = tensors_[t];
     const AdamWHyper& hyper = hypers_[tensor.group];
     const Wide lr = hyper.lr_tensor ? *hyper.lr_tensor : hyper.lr;
-    const Wide correction1 = 1 - std::pow(Wide{hyper.beta1}, after.step);
-    const Wide correction2 = 1 - std::pow(Wide{hyper.beta2}, after.step);
+    const auto bias_correction = [&](double beta) {
+      return Double::exact(1) - Double::rounded(std::pow(Wide{beta}, after.step));
+    };
+    const Double step_size = Double::exact(lr) / bias_correction(hyper.beta1);
+    const Double inv_sqrt = Double::exact(1) / sqrt(bias_correction(hyper.beta2));
     const Real weight_decay = Real::rounded(hyper.weight_decay);
     const Real lr_decay = Real::rounded(lr * hyper.weight_decay);
     const Real one_minus_beta1 = Real::rounded(1 - Wide{hyper.beta1});
@@ -237,9 +242,9 @@ class Model {
       const Real exp_avg_sq = v + one_minus_beta2 * (g * g - v);
       Real second_moment = exp_avg_sq;
       if (hyper.amsgrad) second_moment.value = std::max<Wide>(exp_avg_sq.value, last_max);
-      const Real denom = sqrt(second_moment) * Real::rounded(1 / std::sqrt(correction2)) +
+      const Real denom = sqrt(second_moment) * Real::rounded(inv_sqrt.value, inv_sqrt.error) +
                          Real::rounded(hyper.eps);
-      const Real update = Real::rounded(lr / correction1) * (exp_avg / denom);
+      const Real update = Real::rounded(step_size.value, step_size.error) * (exp_avg / denom);
       const Real decay = hyper.decoupled_weight_decay ? lr_decay * p : Real::exact(0);
 
       T new_p = param, new_m = before.exp_avgs[i], new_v = before.exp_avg_sqs[i];
