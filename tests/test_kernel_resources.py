@@ -39,9 +39,10 @@ def script() -> ModuleType:
     return module
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python where kernels are compiled and not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= variables
     return subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True
     )
@@ -83,6 +84,12 @@ print(row.problem)
 """
     result = run("-c", program)
     assert "bytes of local memory per thread, expected 0" in result.stdout, result.stderr
+
+
+def test_nvcc_can_be_required(tmp_path: Path) -> None:
+    result = run(str(SCRIPT), "--require-nvcc", PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "no nvcc on PATH" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,9 @@ def table(rows: Sequence[Resources], archs: Sequence[str]) -> str:
             lines.append(source)
         line = f"{kernel:{width}}"
         for arch in archs:
-            cell = cells[arch]
-            mark = " " if cell.problem is None else "!"
-            text = f"{cell.registers}/{cell.local_bytes}/{cell.shared_bytes}"
-            line += f"{text:>12}{mark}"
+            cell = cells.get(arch)
+            text = f"{cell.registers}/{cell.local_bytes}/{cell.shared_bytes}" if cell else "-"
+            line += f"{text:>12}{'!' if cell and cell.problem else ' '}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -185,20 +184,20 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     archs = arguments.arch or ARCHS
+    nvcc = shutil.which("nvcc")
+    if nvcc is None and arguments.require_nvcc:
+        raise SystemExit("csrc/cuda cannot be compiled: there is no nvcc on PATH")
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     rows = list(triton_resources(archs))
-    nvcc = shutil.which("nvcc")
     if nvcc is not None:
         rows += cuda_resources(nvcc, archs)
     print(table(rows, archs))
-    problems = [f"{row.kernel} on {row.arch}: {row.problem}" for row in rows if row.problem]
     if nvcc is None:
-        message = "csrc/cuda was left out: no nvcc on PATH"
-        print(message)
-        problems += [message] if arguments.require_nvcc else []
+        print("csrc/cuda is left out: there is no nvcc on PATH")
     if arguments.json is not None:
         cells = [{**asdict(row), "problem": row.problem} for row in rows]
         arguments.json.write_text(json.dumps(cells, indent=1) + "\n")
+    problems = [f"{row.kernel} on {row.arch}: {row.problem}" for row in rows if row.problem]
     print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
     return 1 if problems else 0
 

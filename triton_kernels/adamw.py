@@ -178,7 +178,9 @@ class AdamW:
         with torch.cuda.device_of(present[0]):
             limits, seed, lrs, addresses, hyper_rows = self._send(rows, hypers, options)
             if options.needs_norm:
-                total_norm = torch.zeros((), dtype=norm_dtype(present), device=self._device)
+                total_norm = self._empty(norm_dtype(present))
+                if not reads_grads:
+                    total_norm.zero_()
             if options.skip_nonfinite or options.found_inf is not None:
                 skipped = self._empty(torch.bool)
             partials = self._empty(torch.float64, self._first_chunks[-1])
