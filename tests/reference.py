@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import hypothesis
-import pytest
 import torch
 from torch import Tensor
 
@@ -183,9 +182,3 @@ def assert_norm_close(
     if any(grad.dtype not in (torch.float64, torch.complex128) for grad in grads):
         norm = norm.float()
     assert_close_to_reference(norm, norm64, torch_norm)
-
-
-def skip_bfloat16_subnormals(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Skip where Triton's interpreter itself converts them wrongly: 1e-39 to 4e-39 in float32."""
-    if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter misreads subnormal bfloat16")

@@ -18,12 +18,6 @@ from .training import (
 )
 
 
-@pytest.fixture
-def pointers_are_watched(backend: str, device: torch.device) -> None:
-    if backend == "cuda" and device.type == "cpu":
-        pytest.skip("the emulation is built without libtorch, which knows the pointers")
-
-
 def test_gradients_swapped_between_parameters(backend: str, device: torch.device) -> None:
     def drive(optimizer: torch.optim.Optimizer) -> None:
         first, second = params_of(optimizer)
@@ -35,9 +29,7 @@ def test_gradients_swapped_between_parameters(backend: str, device: torch.device
     assert_like_torch(make_params([(3,), (3,)], device=device), drive)
 
 
-def test_parameter_data_reassigned(
-    backend: str, device: torch.device, pointers_are_watched: None
-) -> None:
+def test_parameter_data_reassigned(backend: str, device: torch.device) -> None:
     def drive(optimizer: torch.optim.Optimizer) -> None:
         params = params_of(optimizer)
         for i in range(4):
@@ -51,9 +43,7 @@ def test_parameter_data_reassigned(
     assert_like_torch(make_params([(3,), (4, 5)], device=device), drive)
 
 
-def test_parameter_data_transposed_in_place(
-    backend: str, device: torch.device, pointers_are_watched: None
-) -> None:
+def test_parameter_data_transposed_in_place(backend: str, device: torch.device) -> None:
     # Same pointer and shape, other strides: state and gradients keep the meaning of their indices.
     def drive(optimizer: torch.optim.Optimizer) -> None:
         (param,) = params_of(optimizer)
@@ -78,9 +68,7 @@ def test_state_tensor_replaced(backend: str, device: torch.device) -> None:
     assert_like_torch(make_params([(3,), (2,)], device=device), drive)
 
 
-def test_state_data_reassigned(
-    backend: str, device: torch.device, pointers_are_watched: None
-) -> None:
+def test_state_data_reassigned(backend: str, device: torch.device) -> None:
     # How many programs move optimizer state to the host and back.
     old_storages = []  # a stale pointer gives a wrong result, not a crash of the test run
 
@@ -134,7 +122,7 @@ def test_parameter_removed_from_its_group(backend: str, device: torch.device) ->
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_model_converted_after_steps(
-    backend: str, device: torch.device, dtype: torch.dtype, pointers_are_watched: None
+    backend: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     model = torch.nn.Linear(3, 2).to(device)
     optimizer = fastremedy.optim.AdamW(model.parameters(), lr=0.1)

@@ -296,6 +296,7 @@ class AdamW(Adam, torch.optim.AdamW):
           pairs the wrong elements, its CUDA one raises).
         - Weight decay is subtracted together with the update and rounded once.
         - A non-zero ``found_inf`` skips the step (torch tests for exactly 1).
+        - A parameter that is twice in one group is an error (torch warns and updates it twice).
         - ``foreach`` and ``fused`` are accepted and have no effect; with ``differentiable`` torch's
           own update runs.
 
