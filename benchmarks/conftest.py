@@ -42,7 +42,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
 
     def run(
         stem: str,
-        case: bench.Case,
+        case: Any,
         candidates: bench.Candidates,
         device: torch.device,
         *,

@@ -19,7 +19,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN = "<!-- printed by benchmarks/table.py: begin -->"
 END = "<!-- end -->"
-OPERATIONS = {"adamw": "clip + AdamW step", "clip_grad_norm": "`clip_`"}
+OPERATIONS = {
+    "adamw": "clip + AdamW step",
+    "batch_norm_relu": "`BatchNormReLU2d`",
+    "clip_grad_norm": "`clip_`",
+}
 
 
 def main() -> int:

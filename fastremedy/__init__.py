@@ -1,6 +1,6 @@
 """Cures for the common ailments of neural-network training, faster than stock PyTorch."""
 
-from . import backends, ops, optim
+from . import backends, functional, nn, ops, optim
 from ._version import __version__
 from .clip import clip_, clip_value_, grad_norm
 
@@ -9,7 +9,9 @@ __all__ = [
     "backends",
     "clip_",
     "clip_value_",
+    "functional",
     "grad_norm",
+    "nn",
     "ops",
     "optim",
 ]

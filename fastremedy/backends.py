@@ -24,7 +24,7 @@ import torch
 from . import _native
 
 NAMES = ("cuda", "triton", "cpu", "torch")
-STEMS = ("clip_grad_norm", "adamw")
+STEMS = ("clip_grad_norm", "adamw", "batch_norm_relu")
 
 _environment = os.environ.get("FASTREMEDY_BACKEND") or None
 _chosen: str | None = None
@@ -82,7 +82,6 @@ def available() -> dict[str, str | None]:
 
 def reason_against(name: str, device: torch.device | str) -> str | None:
     """Return why a backend cannot take tensors of a device, or None if it can."""
-    device_type = torch.device(device).type
     if name == "torch":
         return None
     if name == "cuda":
@@ -93,9 +92,14 @@ def reason_against(name: str, device: torch.device | str) -> str | None:
         reason = _triton_reason()
     else:
         wanted, reason = "cpu", _cpu_reason()
+    device_type = _type_of(device)
     if reason is None and device_type != wanted:
         reason = f"it runs on {wanted} tensors, got {device_type}"
     return reason
+
+
+def _type_of(device: torch.device | str) -> str:
+    return device.type if isinstance(device, torch.device) else torch.device(device).type
 
 
 def active(stem: str, device: torch.device | str) -> str:
@@ -124,12 +128,15 @@ def active(stem: str, device: torch.device | str) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {chosen!r} was chosen but cannot run {stem}: {reason}")
         return chosen
-    return next(name for name in _automatic(device) if reason_against(name, device) is None)
+    for name in _automatic(device):
+        if reason_against(name, device) is None:
+            return name
+    raise AssertionError("torch runs everything")
 
 
 def _automatic(device: torch.device | str) -> tuple[str, ...]:
     # Interpreted and emulated kernels are for tests: only an explicit choice runs them.
-    return NAMES if torch.device(device).type == "cuda" else ("cpu", "torch")
+    return NAMES if _type_of(device) == "cuda" else ("cpu", "torch")
 
 
 def _check_name(name: str) -> None:

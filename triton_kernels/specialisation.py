@@ -19,12 +19,19 @@ class Specialisation:
     @property
     def name(self) -> str:
         """Return the kernel with the constants that tell its forms apart."""
+        hidden = ("ACC", "OPMATH", "CHUNK", "BLOCK", "ROWS", "COLS", "VEC", "SLOPE")
         shown = [
-            key.lower() if value is True else str(value)
+            self._shown(key, value)
             for key, value in self.constants.items()
-            if value is not False and not key.endswith(("ACC", "OPMATH", "CHUNK", "BLOCK"))
+            if value is not False and not key.endswith(hidden)
         ]
         return f"{self.kernel.__name__}[{', '.join(shown)}]"
+
+    @staticmethod
+    def _shown(key: str, value: object) -> str:
+        if value is None:
+            return f"no {key.removesuffix('_ptr')}"
+        return key.lower() if value is True else str(value)
 
     @property
     def signature(self) -> dict[str, str]:

@@ -25,13 +25,17 @@ template <class T>
 class Block {
  public:
   T* load(void* data, DType dtype, int64_t begin, int64_t n) {
+    T* const values = place(data, dtype, begin);
+    if (values == copy_) convert(n);
+    return values;
+  }
+
+  // As load, for elements that are written and not read.
+  T* place(void* data, DType dtype, int64_t begin) {
     address_ = element_at(data, dtype, begin);
     dtype_ = dtype;
-    if (dtype == DType::kBFloat16 || dtype == DType::kFloat16) {
-      convert(n);
-      return copy_;
-    }
-    return static_cast<T*>(address_);
+    const bool is_half = dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+    return is_half ? copy_ : static_cast<T*>(address_);
   }
 
   // Writes a converted copy back; the tensor's own memory needs nothing.

@@ -19,4 +19,7 @@ void scale_grads(const GradNormArgs& args, const std::vector<int32_t>& ranges);
 void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges);
 void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges);
 
+void batch_norm_relu_forward(const BatchNormForwardArgs& args);
+void batch_norm_relu_backward(const BatchNormBackwardArgs& args);
+
 }  // namespace fastremedy::cpu

@@ -15,30 +15,35 @@ void run_on_all_threads(void (*body)(void* context), void* context);
 // longer (15 ms were seen on a virtual machine whose threads had gone to sleep).
 inline constexpr int64_t kSerialRanges = 8;
 
-// Calls visit(begin, end) until all ranges are done. Threads take the next range as they get free,
+// Calls visit(range) for all ranges [0, num_ranges). Threads take the next range as they get free,
 // so a slow core or an uneven range delays nobody.
 template <class Visit>
-void parallel_over(const int32_t* range_begins, int64_t num_ranges, bool backwards,
-                   const Visit& visit) {
+void parallel_for(int64_t num_ranges, bool backwards, bool is_serial, const Visit& visit) {
   struct Shared {
-    const int32_t* range_begins;
     int64_t num_ranges;
     bool backwards;
     const Visit* visit;
     std::atomic<int64_t> next;
-  } shared{range_begins, num_ranges, backwards, &visit, {0}};
+  } shared{num_ranges, backwards, &visit, {0}};
   const auto body = [](void* context) {
     auto& s = *static_cast<Shared*>(context);
     for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.num_ranges;) {
-      const int64_t range = s.backwards ? s.num_ranges - 1 - i : i;
-      (*s.visit)(s.range_begins[range], s.range_begins[range + 1]);
+      (*s.visit)(s.backwards ? s.num_ranges - 1 - i : i);
     }
   };
-  if (num_ranges <= kSerialRanges || num_threads() == 1) {
+  if (is_serial || num_ranges == 1 || num_threads() == 1) {
     body(&shared);
   } else {
     run_on_all_threads(body, &shared);
   }
+}
+
+// Calls visit(begin, end) with the first and the last item of every range.
+template <class Visit>
+void parallel_over(const int32_t* range_begins, int64_t num_ranges, bool backwards,
+                   const Visit& visit) {
+  parallel_for(num_ranges, backwards, num_ranges <= kSerialRanges,
+               [&](int64_t range) { visit(range_begins[range], range_begins[range + 1]); });
 }
 
 }  // namespace fastremedy::cpu

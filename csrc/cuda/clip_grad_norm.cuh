@@ -140,18 +140,6 @@ FASTREMEDY_DEVICE double chunk_partial(const GradTensor& grad, Slice slice, doub
   return reduce(seen.total());
 }
 
-// True in the block that is done last; it sees what all others wrote. The counter returns to 0.
-FASTREMEDY_DEVICE bool is_last_block(uint32_t* counter) {
-  FASTREMEDY_SHARED(bool, is_last);
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return is_last;
-}
-
 template <NormKind kKind>
 FASTREMEDY_DEVICE double norm_of_partials(const GradNormArgs& args) {
   const double norm_type = args.options.norm_type;
@@ -198,7 +186,7 @@ __global__ void __launch_bounds__(kNormBlockSize, kNormBlocks)
                                : norm_identity(kKind, norm_type);
       if (threadIdx.x == 0) args.partials[c] = partial;
     }
-    if (!is_last_block(args.counter)) return;
+    if (!is_last_block(args.counter, gridDim.x)) return;
     norm = norm_of_partials<kKind>(args);
   }
   FASTREMEDY_SHARED(ClipResult, result);

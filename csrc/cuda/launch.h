@@ -31,6 +31,23 @@ int launch_adamw_prepare(const AdamWArgs& args, void* stream);
 // are still in L2.
 int launch_adamw_update(const AdamWArgs& args, void* stream);
 
+// What launch_batch_norm_relu_* need beside the tensors.
+struct BatchNormScratch {
+  uint32_t* counters;  // 0 before and after every launch
+  void* partials;
+};
+struct BatchNormScratchSize {
+  size_t num_counters;
+  size_t partial_bytes;
+};
+BatchNormScratchSize batch_norm_scratch_size(const BatchNormShape& shape);
+
+// Two launches where the elements have to be summed up first, one otherwise.
+int launch_batch_norm_relu_forward(const BatchNormForwardArgs& args,
+                                   const BatchNormScratch& scratch, void* stream);
+int launch_batch_norm_relu_backward(const BatchNormBackwardArgs& args,
+                                    const BatchNormScratch& scratch, void* stream);
+
 bool is_capturing(void* stream);
 
 const char* error_string(int code);

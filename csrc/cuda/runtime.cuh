@@ -18,3 +18,12 @@
 #endif
 
 #define FASTREMEDY_DEVICE __device__ __forceinline__
+
+namespace fastremedy::cuda {
+
+inline int status_of(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, not by the next launch as well
+  return static_cast<int>(error);
+}
+
+}  // namespace fastremedy::cuda

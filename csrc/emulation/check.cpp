@@ -38,6 +38,7 @@ int main() {
   check_upload();
   check_clip_grad_norm();
   check_adamw();
+  check_batch_norm_relu();
   std::printf("%d failures\n", num_failures);
   return num_failures == 0 ? 0 : 1;
 }

@@ -22,6 +22,7 @@ namespace fastremedy::check {
 
 void check_clip_grad_norm();
 void check_adamw();
+void check_batch_norm_relu();
 
 inline int num_failures = 0;
 

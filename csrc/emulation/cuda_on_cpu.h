@@ -65,6 +65,17 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  if (mask != 0xffffffffu) emulation::fail("votes must name all lanes of the warp");
+  emulation::Thread& thread = *emulation::current_thread();
+  emulation::Exchange& warp = thread.block->warps[thread.place / emulation::kWarpSize];
+  const int lane = thread.place % emulation::kWarpSize;
+  const auto& votes = warp.gather(lane, thread.num_shuffles++, predicate != 0);
+  unsigned bits = 0;
+  for (int i = 0; i < emulation::kWarpSize; ++i) bits |= static_cast<unsigned>(votes[i]) << i;
+  return bits;
+}
+
 // An atomic alone orders no other access. After a fence it releases, and a fence after it acquires
 // what it read: so ThreadSanitizer sees a missing fence as a data race.
 inline void __threadfence() {
@@ -86,6 +97,11 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
                                                             __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   }
   return old;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 template <class T>

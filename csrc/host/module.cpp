@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "adamw.h"
+#include "batch_norm_relu.h"
 #include "clip_grad_norm.h"
 #include "device.h"
 
@@ -26,4 +27,5 @@ PYBIND11_MODULE(FASTREMEDY_MODULE, module) {
   });
   host::bind_clip_grad_norm(module);
   host::bind_adamw(module);
+  host::bind_batch_norm_relu(module);
 }

@@ -16,7 +16,7 @@ from . import clip_grad_norm as definition
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-_workspaces: dict[tuple[torch.device, int], Tensor] = {}
+_workspaces: dict[tuple[torch.device, int, str], Tensor] = {}
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -37,8 +37,11 @@ def triton_kernels(stem: str) -> Any:
     return importlib.import_module(f"fastremedy.triton_kernels.{stem}")
 
 
-def workspace(device: torch.device, num_bytes: int) -> Tensor | None:
-    """Return zero-initialised device memory that kernels of one stream share, None on the CPU."""
+def workspace(device: torch.device, num_bytes: int, stem: str = "") -> Tensor | None:
+    """Return zero-initialised device memory that one operator's kernels of a stream share.
+
+    None on the CPU.
+    """
     if num_bytes == 0:
         return None
     if device.type != "cuda":  # emulation
@@ -46,7 +49,7 @@ def workspace(device: torch.device, num_bytes: int) -> Tensor | None:
     if torch.cuda.is_current_stream_capturing():
         # Memory of the graph: a replay on another stream must not meet this stream's calls.
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, stem)
     known = _workspaces.get(key)
     if known is None or known.numel() < num_bytes:
         known = _workspaces[key] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

@@ -1,0 +1,214 @@
+// Batch normalisation on the CPU, forward. The elements are read twice in either direction: once
+// for the sums, and once, in the opposite order, for the result.
+#include "../core/batch_norm_relu.h"
+
+#include "batch_norm_relu_pass.h"
+#include "launch.h"
+
+namespace fastremedy::cpu {
+namespace {
+
+FASTREMEDY_CLONES int64_t count_zeros(const uint8_t* flags, int64_t n) {
+  int32_t zeros = 0;
+  for (int64_t i = 0; i < n; ++i) zeros += flags[i] == 0;
+  return zeros;
+}
+
+FASTREMEDY_CLONES void count_zeros_in_columns(const uint8_t* __restrict flags, int64_t n,
+                                              int32_t* __restrict zeros) {
+  for (int64_t i = 0; i < n; ++i) zeros[i] += flags[i] == 0;
+}
+
+// Bit i % 8 of byte i / 8 is flags[i]. The product moves bit 8 k of a word to bit 56 + k.
+FASTREMEDY_CLONES void pack_bits(const uint8_t* flags, uint8_t* bytes, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    uint64_t word;
+    memcpy(&word, flags + i, 8);
+    bytes[i / 8] = static_cast<uint8_t>((word * 0x0102040810204080ull) >> 56);
+  }
+  if (i < n) {
+    uint8_t byte = 0;
+    for (int64_t k = i; k < n; ++k) byte |= static_cast<uint8_t>(flags[k] << (k - i));
+    bytes[i / 8] = byte;
+  }
+}
+
+template <Activation kActivation, class T>
+class Forward : Pass<T> {
+  using Pass<T>::layout_, Pass<T>::options_, Pass<T>::elements;
+
+ public:
+  explicit Forward(const BatchNormForwardArgs& args)
+      : Pass<T>(args),
+        args_(args),
+        pilot_(layout_.period()),
+        is_plain_(!args.residual && !args.mask && !args.dead) {}
+
+  void run() {
+    const bool reduces = args_.training && args_.phase != BatchNormPhase::kFinish;
+    const bool applies = args_.phase != BatchNormPhase::kReduce;
+    if (applies && args_.training && args_.num_batches_tracked) *args_.num_batches_tracked += 1;
+    if (!applies) args_.sums[2 * layout_.channels()] = static_cast<double>(layout_.count());
+    layout_.template run<T>(*this, reduces, applies);
+  }
+
+  void prefetch(int64_t begin, int64_t n) const { Pass<T>::prefetch(args_.input, begin, n); }
+
+  // The pilots of channels [begin, end).
+  void begin_rows(int64_t begin, int64_t end) {
+    const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
+    for (int64_t c = begin; c < end; ++c) {
+      layout_.for_each_pilot_of_row(c, [&](int64_t first, int64_t n) {
+        auto input = elements(args_.input);
+        pilot_[c] += sum_of(input.load(first, n), n);
+      });
+      pilot_[c] = usable_pilot(pilot_[c] * inv_count);
+    }
+  }
+
+  void begin_columns() {
+    layout_.for_each_pilot_of_columns([&](int64_t first, int64_t n, int64_t column) {
+      auto input = elements(args_.input);
+      add_to(&pilot_[column], input.load(first, n), n);
+    });
+    const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
+    for (T& pilot : pilot_) pilot = usable_pilot(pilot * inv_count);
+    layout_.repeat(pilot_);
+  }
+
+  void sum_rows(const Tile& tile, double* sums, double* sums_of_squares) const {
+    auto input = elements(args_.input);
+    cpu::sum_rows(input.load(tile.begin, tile.size()), tile.row_size, tile.num_rows,
+                  &pilot_[tile.channel], sums, sums_of_squares);
+  }
+
+  void sum_columns(const Tile& tile, T* sums, T* sums_of_squares) const {
+    auto input = elements(args_.input);
+    cpu::sum_columns(input.load(tile.begin, tile.size()), tile.size(), &pilot_[tile.column], sums,
+                     sums_of_squares);
+  }
+
+  void finish(int64_t begin, int64_t end, const double* sums, const double* sums_of_squares) {
+    this->for_each_run(begin, end, [&](int64_t first, int64_t n) {
+      const double *sum = sums + (first - begin), *squares = sums_of_squares + (first - begin);
+      if (args_.phase == BatchNormPhase::kReduce) return give_sums(first, n, sum, squares);
+      if (args_.training) {
+        finish_training(first, n, sum, squares);
+      } else {
+        double mean[kChannelRun], variance[kChannelRun], zero[kChannelRun] = {};
+        load_channels<double>(args_.running_mean, first, n, 0, mean);
+        load_channels<double>(args_.running_var, first, n, 1, variance);
+        find_statistics(1, mean, zero, variance, args_.eps, n, this->statistics(first));
+      }
+      this->set_normalizers(first, n);
+    });
+  }
+
+  void repeat() { this->repeat_normalizers(); }
+
+  void apply_to_rows(const Tile& tile) const {
+    uint8_t flags[kBlockSize];
+    apply(tile, flags, [&](auto activation, const T* x, T* y) {
+      normalize_rows<activation.value>(x, y, tile.row_size, tile.num_rows,
+                                       this->normalizers(tile.channel), options_);
+    });
+    if (args_.dead == nullptr) return;
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+      const int64_t dead = count_zeros(flags + r * tile.row_size, tile.row_size);
+      __atomic_fetch_add(args_.dead + tile.channel + r, dead, __ATOMIC_RELAXED);
+    }
+  }
+
+  void apply_to_columns(const Tile& tile, int32_t* dead) const {
+    uint8_t flags[kBlockSize];
+    apply(tile, flags, [&](auto activation, const T* x, T* y) {
+      normalize_columns<activation.value>(x, y, tile.size(), this->normalizers(tile.column),
+                                          options_);
+    });
+    if (args_.dead) count_zeros_in_columns(flags, tile.size(), dead + tile.column);
+  }
+
+  int64_t* dead() const { return args_.dead; }
+
+ private:
+  // About zero, so that ranks with other pilots can add theirs.
+  void give_sums(int64_t begin, int64_t n, const double* sums, const double* squares) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const double pilot = pilot_[begin + i];
+      const double total = sums[i] + static_cast<double>(layout_.count()) * pilot;
+      args_.sums[begin + i] = total;
+      args_.sums[layout_.channels() + begin + i] = squares[i] + pilot * (sums[i] + total);
+    }
+  }
+
+  void finish_training(int64_t begin, int64_t n, const double* sums, const double* squares) const {
+    auto count = static_cast<double>(layout_.count());
+    double pilots[kChannelRun], sum[kChannelRun], sum_of_squares[kChannelRun];
+    if (args_.phase == BatchNormPhase::kFinish) {
+      count = args_.sums[2 * layout_.channels()];
+      for (int64_t i = 0; i < n; ++i) {
+        const double total = args_.sums[begin + i];
+        pilots[i] = total / count;
+        sum[i] = 0;
+        sum_of_squares[i] = args_.sums[layout_.channels() + begin + i] - pilots[i] * total;
+      }
+    } else {
+      std::copy_n(&pilot_[begin], n, pilots);
+      std::copy_n(sums, n, sum);
+      std::copy_n(squares, n, sum_of_squares);
+    }
+    const StatisticsRows<T> s = this->statistics(begin);
+    find_statistics(count, pilots, sum, sum_of_squares, args_.eps, n, s);
+    if (count == 0) return;
+    for (int64_t i = 0; i < n; ++i) {
+      sum[i] = static_cast<double>(s.mean[i]) + static_cast<double>(s.mean_low[i]);
+      sum_of_squares[i] = unbiased(s.variance[i], count);
+    }
+    update_running(args_.running_mean, begin, n, sum);
+    update_running(args_.running_var, begin, n, sum_of_squares);
+  }
+
+  void update_running(const ChannelValues& values, int64_t begin, int64_t n,
+                      const double* batch) const {
+    if (values.data == nullptr) return;
+    const bool is_average = args_.cumulative && args_.num_batches_tracked;
+    const double momentum =
+        is_average ? 1 / static_cast<double>(*args_.num_batches_tracked) : args_.momentum;
+    double running[kChannelRun];
+    load_channels<double>(values, begin, n, 0, running);
+    for (int64_t i = 0; i < n; ++i) running[i] = moving_average(running[i], batch[i], momentum);
+    store_channels(values, begin, n, running);
+  }
+
+  // normalize(activation, x, y) is that of rows or columns.
+  template <class Normalize>
+  void apply(const Tile& tile, uint8_t* flags, const Normalize& normalize) const {
+    const int64_t n = tile.size();
+    auto input = elements(args_.input), output = elements(args_.output);
+    const T* x = input.load(tile.begin, n);
+    T* y = output.place(tile.begin);
+    if (is_plain_) {
+      normalize(std::integral_constant<Activation, kActivation>(), x, y);
+    } else {
+      alignas(64) T z[kBlockSize];
+      normalize(std::integral_constant<Activation, Activation::kIdentity>(), x, z);
+      auto residual = elements(args_.residual);
+      if (args_.residual) add_to(z, residual.load(tile.begin, n), n);
+      if (args_.mask || args_.dead) find_positive(z, flags, n, options_.threshold);
+      activate_all<kActivation>(z, y, n, options_);
+    }
+    output.store(n);
+    if (args_.mask) layout_.for_each_mask_row(tile, flags, args_.mask, pack_bits);
+  }
+
+  const BatchNormForwardArgs& args_;
+  std::vector<T> pilot_;
+  const bool is_plain_;
+};
+
+}  // namespace
+
+void batch_norm_relu_forward(const BatchNormForwardArgs& args) { run_pass<Forward>(args); }
+
+}  // namespace fastremedy::cpu

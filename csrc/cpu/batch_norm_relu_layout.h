@@ -1,0 +1,267 @@
+// How elements are shared out among threads, and the order in which they are visited.
+//
+// Results do not depend on the number of threads: what is added up in which order follows from the
+// shape alone.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../core/arguments.h"
+#include "blocks.h"
+#include "parallel.h"
+
+namespace fastremedy::cpu {
+
+// Neighbouring elements, kBlockSize at most: whole rows, or a part of one.
+struct Tile {
+  int64_t begin;     // place of the first element in memory
+  int64_t row_size;  // elements of each row here
+  int64_t num_rows;
+  int64_t row;      // the first
+  int64_t column;   // of the first element in its row; the channel, if channels are last
+  int64_t channel;  // of the first row, if channels are not last; its successors have the next
+
+  int64_t size() const { return row_size * num_rows; }
+};
+
+class Layout {
+ public:
+  explicit Layout(const BatchNormShape& shape)
+      : shape_(shape),
+        row_size_(std::max<int64_t>(1, shape.row_size())),
+        tile_rows_(std::max<int64_t>(1, kBlockSize / row_size_)),
+        is_serial_(shape.count() * shape.channels <= kSerialElements) {}
+
+  int64_t channels() const { return shape_.channels; }
+  int64_t count() const { return shape_.count(); }
+  DType dtype() const { return shape_.dtype; }
+
+  // How many numbers of channels the tiles ask for.
+  int64_t period() const { return shape_.channels * (shape_.channels_last ? tile_rows_ : 1); }
+
+  template <class T>
+  void repeat(std::vector<T>& values) const {
+    for (int64_t i = shape_.channels; i < period(); ++i) values[i] = values[i - shape_.channels];
+  }
+
+  // visit(flags of the row, bytes of its mask, elements) for the rows of a tile.
+  template <class Byte, class Visit>
+  void for_each_mask_row(const Tile& tile, uint8_t* flags, Byte* mask, const Visit& visit) const {
+    const int64_t stride = shape_.mask_row_size();
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+      visit(flags + r * tile.row_size, mask + (tile.row + r) * stride + tile.column / 8,
+            tile.row_size);
+    }
+  }
+
+  // visit(begin, n) for the first elements of channel c.
+  template <class Visit>
+  void for_each_pilot_of_row(int64_t c, const Visit& visit) const {
+    for (int64_t i = 0; i < num_pilots(); i += row_size_) {
+      const int64_t row = i / row_size_ * shape_.channels + c;
+      visit(row * row_size_, std::min(row_size_, num_pilots() - i));
+    }
+  }
+
+  // visit(begin, n, column) for the first elements of all channels, which are last.
+  template <class Visit>
+  void for_each_pilot_of_columns(const Visit& visit) const {
+    for (int64_t row = 0; row < num_pilots(); ++row) {
+      for (int64_t column = 0; column < row_size_; column += kBlockSize) {
+        visit(row * row_size_ + column, std::min(kBlockSize, row_size_ - column), column);
+      }
+    }
+  }
+
+  int64_t num_pilots() const { return std::min<int64_t>(kPilotElements, count()); }
+
+  // A pass over the elements: begin and sums, then finish for all channels, then results. The sums
+  // are of type double for tiles of rows; for tiles of columns T, added up in double.
+  template <class T, class Pass>
+  void run(Pass& pass, bool reduces, bool applies) const {
+    if (shape_.channels_last) {
+      run_columns<T>(pass, reduces, applies);
+    } else if (!reduces) {
+      run_images(pass, applies);
+    } else if (shape_.channels < 4 * num_threads() && count() > kChunkElements) {
+      run_few_channels(pass, applies);
+    } else {
+      run_channels(pass, applies);
+    }
+  }
+
+ private:
+  static constexpr int64_t kChunkElements = 16384;
+  // One thread is done with as many before another is awake.
+  static constexpr int64_t kSerialElements = 4 * kChunkElements;
+
+  // visit(tile) for channels [begin, end) of an image, and columns [first, last).
+  template <class Visit>
+  void for_each_row_tile(int64_t image, int64_t begin, int64_t end, int64_t first, int64_t last,
+                         const Visit& visit) const {
+    for (int64_t c = begin; c < end; c += tile_rows_) {
+      const int64_t row = image * shape_.channels + c, num_rows = std::min(tile_rows_, end - c);
+      for (int64_t column = first; column < last; column += kBlockSize) {
+        const int64_t size = std::min(kBlockSize, last - column);
+        visit(Tile{row * row_size_ + column, size, num_rows, row, column, c});
+      }
+    }
+  }
+
+  // A thread that takes channels from beginning to end finds them in its cache again. It jumps from
+  // image to image, where the hardware does not follow and has to be told.
+  template <class Pass>
+  void run_channels(Pass& pass, bool applies) const {
+    const int64_t range_size = std::max<int64_t>(1, kChunkElements / count());
+    const int64_t num_ranges = (shape_.channels + range_size - 1) / range_size;
+    parallel_for(num_ranges, false, is_serial_, [&](int64_t range) {
+      const int64_t begin = range * range_size;
+      const int64_t end = std::min(begin + range_size, shape_.channels);
+      const auto prefetch = [&](int64_t image) {
+        if (image < 0 || image >= shape_.batch) return;
+        const int64_t size = std::min((end - begin) * row_size_, kBlockSize);
+        pass.prefetch((image * shape_.channels + begin) * row_size_, size);
+      };
+      std::vector<double> sums(2 * (end - begin));
+      double *const first = sums.data(), *const second = first + (end - begin);
+      pass.begin_rows(begin, end);
+      for (int64_t image = 0; image < shape_.batch; ++image) {
+        prefetch(image + 1);
+        for_each_row_tile(image, begin, end, 0, row_size_, [&](const Tile& tile) {
+          const int64_t i = tile.channel - begin;
+          pass.sum_rows(tile, first + i, second + i);
+        });
+      }
+      pass.finish(begin, end, first, second);
+      for (int64_t image = shape_.batch; applies && image-- > 0;) {
+        prefetch(image - 1);
+        for_each_row_tile(image, begin, end, 0, row_size_,
+                          [&](const Tile& tile) { pass.apply_to_rows(tile); });
+      }
+    });
+  }
+
+  // Too few channels for the threads: each is cut into parts of rows.
+  template <class Pass>
+  void run_few_channels(Pass& pass, bool applies) const {
+    const int64_t parts_of_row = (row_size_ + kChunkElements - 1) / kChunkElements;
+    const int64_t num_parts = shape_.batch * parts_of_row;  // of a channel
+    const auto for_each_tile = [&](int64_t range, const auto& visit) {
+      const int64_t c = range / num_parts, part = range % num_parts;
+      const int64_t first = part % parts_of_row * kChunkElements;
+      for_each_row_tile(part / parts_of_row, c, c + 1, first,
+                        std::min(first + kChunkElements, row_size_), visit);
+    };
+    std::vector<double> partials(2 * shape_.channels * num_parts);
+    pass.begin_rows(0, shape_.channels);
+    parallel_for(shape_.channels * num_parts, false, is_serial_, [&](int64_t range) {
+      for_each_tile(range, [&](const Tile& tile) {
+        pass.sum_rows(tile, &partials[2 * range], &partials[2 * range + 1]);
+      });
+    });
+    for (int64_t c = 0; c < shape_.channels; ++c) {
+      double totals[2] = {0, 0};
+      for (int64_t range = c * num_parts; range < (c + 1) * num_parts; ++range) {
+        totals[0] += partials[2 * range];
+        totals[1] += partials[2 * range + 1];
+      }
+      pass.finish(c, c + 1, &totals[0], &totals[1]);
+    }
+    if (!applies) return;
+    parallel_for(shape_.channels * num_parts, true, is_serial_, [&](int64_t range) {
+      for_each_tile(range, [&](const Tile& tile) { pass.apply_to_rows(tile); });
+    });
+  }
+
+  // Without sums there is one pass, in the order of memory.
+  template <class Pass>
+  void run_images(Pass& pass, bool applies) const {
+    const std::vector<double> no_sums(2 * shape_.channels);
+    pass.finish(0, shape_.channels, no_sums.data(), no_sums.data());
+    if (!applies) return;
+    const int64_t parts_of_row = (row_size_ + kChunkElements - 1) / kChunkElements;
+    const int64_t range_size = std::max<int64_t>(1, kChunkElements / row_size_);
+    const int64_t ranges_of_image = (shape_.channels + range_size - 1) / range_size;
+    const int64_t num_ranges = shape_.batch * ranges_of_image * parts_of_row;
+    parallel_for(count() > 0 ? num_ranges : 0, false, is_serial_, [&](int64_t range) {
+      const int64_t begin = range / parts_of_row % ranges_of_image * range_size;
+      const int64_t first = range % parts_of_row * kChunkElements;
+      for_each_row_tile(range / parts_of_row / ranges_of_image, begin,
+                        std::min(begin + range_size, shape_.channels), first,
+                        std::min(first + kChunkElements, row_size_),
+                        [&](const Tile& tile) { pass.apply_to_rows(tile); });
+    });
+  }
+
+  // There are too many streams for the hardware to follow: backward (32, 64, 56, 56) takes 3.3 ms
+  // with this and 4.1 without. Small tensors are in the cache.
+  template <class Pass>
+  void prefetch_after(const Pass& pass, const Tile& tile) const {
+    constexpr int64_t kCachedElements = 1 << 20;
+    if (shape_.channels * count() > kCachedElements) {
+      pass.prefetch(tile.begin + tile.size(), tile.size());
+    }
+  }
+
+  template <class T, class Pass>
+  void run_columns(Pass& pass, bool reduces, bool applies) const {
+    // A chunk leaves 16 bytes for each channel: little beside 32 rows of it.
+    const int64_t at_least = std::max<int64_t>(32, kChunkElements / row_size_);
+    const int64_t chunk_rows = (at_least + tile_rows_ - 1) / tile_rows_ * tile_rows_;
+    const int64_t num_chunks = (count() + chunk_rows - 1) / chunk_rows;
+    const auto for_each_tile = [&](int64_t chunk, const auto& visit) {
+      const int64_t last = std::min((chunk + 1) * chunk_rows, count());
+      for (int64_t row = chunk * chunk_rows; row < last; row += tile_rows_) {
+        const int64_t num_rows = std::min(tile_rows_, last - row);
+        for (int64_t column = 0; column < row_size_; column += kBlockSize) {
+          const int64_t size = std::min(kBlockSize, row_size_ - column);
+          visit(Tile{row * row_size_ + column, size, num_rows, row, column, 0});
+        }
+      }
+    };
+    const int64_t channels = shape_.channels;
+    std::vector<double> totals(2 * channels);
+    if (reduces) {
+      pass.begin_columns();
+      std::vector<double> partials(2 * channels * num_chunks);
+      parallel_for(num_chunks, false, is_serial_, [&](int64_t chunk) {
+        std::vector<T> sums(2 * period());
+        for_each_tile(chunk, [&](const Tile& tile) {
+          prefetch_after(pass, tile);
+          pass.sum_columns(tile, &sums[tile.column], &sums[period() + tile.column]);
+        });
+        double* const partial = &partials[2 * channels * chunk];
+        for (int64_t i = 0; i < period(); i += channels) {
+          for (int64_t c = 0; c < channels; ++c) {
+            partial[c] += sums[i + c];
+            partial[channels + c] += sums[period() + i + c];
+          }
+        }
+      });
+      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+        const double* const partial = &partials[2 * channels * chunk];
+        for (int64_t i = 0; i < 2 * channels; ++i) totals[i] += partial[i];
+      }
+    }
+    pass.finish(0, channels, totals.data(), totals.data() + channels);
+    if (!applies) return;
+    pass.repeat();
+    parallel_for(num_chunks, true, is_serial_, [&](int64_t chunk) {
+      std::vector<int32_t> dead(pass.dead() ? period() : 0);
+      for_each_tile(chunk, [&](const Tile& tile) {
+        prefetch_after(pass, tile);
+        pass.apply_to_columns(tile, dead.data());
+      });
+      for (size_t i = 0; i < dead.size(); ++i) {
+        __atomic_fetch_add(pass.dead() + i % channels, dead[i], __ATOMIC_RELAXED);
+      }
+    });
+  }
+
+  const BatchNormShape shape_;
+  const int64_t row_size_, tile_rows_;
+  const bool is_serial_;
+};
+
+}  // namespace fastremedy::cpu

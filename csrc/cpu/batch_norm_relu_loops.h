@@ -1,0 +1,204 @@
+// The loops over the elements of a tile, for the compiler to vectorise.
+//
+// Rows are of one channel each, and what belongs to a channel is the same along a row. In columns
+// every element has its own. Both go through the same formula.
+#pragma once
+
+#include "../core/batch_norm_relu.h"
+#include "simd.h"
+
+namespace fastremedy::cpu {
+
+// Addresses of what belongs to channels; [r] for row r of a tile, [i] for column i.
+template <class T>
+struct Normalizers {
+  const T *mean, *scale, *shift;
+  Normalizer<T> operator[](int64_t i) const { return {mean[i], scale[i], shift[i]}; }
+};
+
+template <class T>
+struct InputGrads {
+  const T *g_scale, *x_scale, *shift;
+};
+
+// What the activation needs to know beside z.
+template <class T>
+struct ActivationOptions {
+  T threshold;
+  T negative_slope;
+};
+
+// --- forward ---
+
+template <class T>
+FASTREMEDY_CLONES T sum_of(const T* x, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+template <class T>
+FASTREMEDY_CLONES void sum_rows(const T* __restrict x, int64_t row_size, int64_t num_rows,
+                                const T* pilots, double* sums, double* sums_of_squares) {
+  for (int64_t r = 0; r < num_rows; ++r, x += row_size) {
+    const T pilot = pilots[r];
+    T sum = 0, sum_of_squares = 0;
+#pragma omp simd reduction(+ : sum, sum_of_squares)
+    for (int64_t i = 0; i < row_size; ++i) {
+      const T d = x[i] - pilot;
+      sum += d;
+      sum_of_squares += d * d;
+    }
+    sums[r] += sum;
+    sums_of_squares[r] += sum_of_squares;
+  }
+}
+
+template <class T>
+FASTREMEDY_CLONES void sum_columns(const T* __restrict x, int64_t n, const T* __restrict pilots,
+                                   T* __restrict sums, T* __restrict sums_of_squares) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T d = x[i] - pilots[i];
+    sums[i] += d;
+    sums_of_squares[i] += d * d;
+  }
+}
+
+template <Activation kActivation, class T>
+FASTREMEDY_CLONES void normalize_rows(const T* __restrict x, T* __restrict y, int64_t row_size,
+                                      int64_t num_rows, Normalizers<T> channels,
+                                      ActivationOptions<T> options) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t r = 0; r < num_rows; ++r, x += row_size, y += row_size) {
+    const Normalizer<T> c = channels[r];
+    for (int64_t i = 0; i < row_size; ++i) {
+      const T z = normalize(x[i], c.mean, c.scale, c.shift);
+      y[i] = activate<kActivation>(z, threshold, negative_slope);
+    }
+  }
+}
+
+template <Activation kActivation, class T>
+FASTREMEDY_CLONES void normalize_columns(const T* __restrict x, T* __restrict y, int64_t n,
+                                         Normalizers<T> c, ActivationOptions<T> options) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t i = 0; i < n; ++i) {
+    const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
+    y[i] = activate<kActivation>(z, threshold, negative_slope);
+  }
+}
+
+template <class T>
+FASTREMEDY_CLONES void add_to(T* __restrict z, const T* __restrict residual, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] += residual[i];
+}
+
+template <Activation kActivation, class T>
+FASTREMEDY_CLONES void activate_all(const T* __restrict z, T* __restrict y, int64_t n,
+                                    ActivationOptions<T> options) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t i = 0; i < n; ++i) y[i] = activate<kActivation>(z[i], threshold, negative_slope);
+}
+
+// Each flag is 0 or 1.
+template <class T>
+FASTREMEDY_CLONES void find_positive(const T* __restrict z, uint8_t* __restrict flags, int64_t n,
+                                     T threshold) {
+  for (int64_t i = 0; i < n; ++i) flags[i] = is_positive(z[i], threshold);
+}
+
+// --- backward ---
+
+template <Activation kActivation, class T>
+FASTREMEDY_CLONES void sum_grad_rows(const T* __restrict x, const T* __restrict grad,
+                                     int64_t row_size, int64_t num_rows, Normalizers<T> channels,
+                                     ActivationOptions<T> options, double* sums_g,
+                                     double* sums_gx) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t r = 0; r < num_rows; ++r, x += row_size, grad += row_size) {
+    const Normalizer<T> c = channels[r];
+    T sum_g = 0, sum_gx = 0;
+#pragma omp simd reduction(+ : sum_g, sum_gx)
+    for (int64_t i = 0; i < row_size; ++i) {
+      const T z = normalize(x[i], c.mean, c.scale, c.shift);
+      const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
+      sum_g += g;
+      sum_gx += g * (x[i] - c.mean);
+    }
+    sums_g[r] += sum_g;
+    sums_gx[r] += sum_gx;
+  }
+}
+
+template <Activation kActivation, class T>
+FASTREMEDY_CLONES void sum_grad_columns(const T* __restrict x, const T* __restrict grad, int64_t n,
+                                        Normalizers<T> c, ActivationOptions<T> options,
+                                        T* __restrict sums_g, T* __restrict sums_gx) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t i = 0; i < n; ++i) {
+    const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
+    const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
+    sums_g[i] += g;
+    sums_gx[i] += g * (x[i] - c.mean[i]);
+  }
+}
+
+// In evaluation a NaN in x is not one in its gradient: x_scale is not used.
+template <bool kBatchStatistics, class T>
+FASTREMEDY_HD T input_grad_of(T g, T centered, T g_scale, T x_scale, T shift) {
+  return kBatchStatistics ? g * g_scale + (centered * x_scale + shift) : g * g_scale;
+}
+
+template <Activation kActivation, bool kBatchStatistics, class T>
+FASTREMEDY_CLONES void input_grad_rows(const T* __restrict x, const T* __restrict grad,
+                                       T* __restrict dx, int64_t row_size, int64_t num_rows,
+                                       Normalizers<T> channels, InputGrads<T> d,
+                                       ActivationOptions<T> options) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t r = 0; r < num_rows; ++r, x += row_size, grad += row_size, dx += row_size) {
+    const Normalizer<T> c = channels[r];
+    const T g_scale = d.g_scale[r], x_scale = d.x_scale[r], shift = d.shift[r];
+    for (int64_t i = 0; i < row_size; ++i) {
+      const T z = normalize(x[i], c.mean, c.scale, c.shift);
+      const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
+      dx[i] = input_grad_of<kBatchStatistics>(g, x[i] - c.mean, g_scale, x_scale, shift);
+    }
+  }
+}
+
+template <Activation kActivation, bool kBatchStatistics, class T>
+FASTREMEDY_CLONES void input_grad_columns(const T* __restrict x, const T* __restrict grad,
+                                          T* __restrict dx, int64_t n, Normalizers<T> c,
+                                          InputGrads<T> d, ActivationOptions<T> options) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t i = 0; i < n; ++i) {
+    const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
+    const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
+    dx[i] = input_grad_of<kBatchStatistics>(g, x[i] - c.mean[i], d.g_scale[i], d.x_scale[i],
+                                            d.shift[i]);
+  }
+}
+
+template <Activation kActivation, class T>
+FASTREMEDY_CLONES void find_activation_grads(const T* __restrict z, const T* __restrict grad,
+                                             T* __restrict g, int64_t n,
+                                             ActivationOptions<T> options) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t i = 0; i < n; ++i) {
+    g[i] = activation_grad<kActivation>(z[i], grad[i], threshold, negative_slope);
+  }
+}
+
+// The same from the sign of z alone, for ReLU (negative_slope = 0) and leaky ReLU.
+template <class T>
+FASTREMEDY_CLONES void find_masked_grads(const uint8_t* __restrict flags, const T* __restrict grad,
+                                         T* __restrict g, int64_t n, T negative_slope) {
+  if (negative_slope == 0) {
+    for (int64_t i = 0; i < n; ++i) g[i] = flags[i] ? grad[i] : T(0);
+  } else {
+    for (int64_t i = 0; i < n; ++i) g[i] = flags[i] ? grad[i] : grad[i] * negative_slope;
+  }
+}
+
+}  // namespace fastremedy::cpu

@@ -1,0 +1,284 @@
+"""Functions, as in :mod:`torch.nn.functional`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import backends
+from .ops import batch_norm_relu_dispatch as dispatch
+from .ops.batch_norm_relu import ACTIVATIONS, SIGN_IS_ENOUGH, activate, composite, other_dims
+from .ops.batch_norm_relu_autograd import BatchNormReLU, run_forward
+from .ops.dispatch import KERNEL_DTYPES
+
+__all__ = ["BatchNormStats", "batch_norm_relu"]
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class BatchNormStats(NamedTuple):
+    """What the forward pass saw of every channel, each ``[C]``; over all ranks if synchronised.
+
+    ``dead`` is of this rank alone.
+    """
+
+    mean: Tensor  # of the input
+    var: Tensor  # of the input, biased
+    dead: Tensor  # share of outputs that are not positive, float32
+    nonfinite: Tensor  # bool: NaN, infinity or values whose squares overflow
+
+
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Normalise each channel over the batch, add ``residual`` and apply an activation.
+
+    Equivalent to: ``relu(F.batch_norm(input, running_mean, running_var, weight, bias, training,
+    momentum, eps) + residual)``, in one operator that reads the input twice and writes once. For
+    the backward pass it keeps the input and vectors of the channels; with a residual one bit of
+    every element.
+
+    Differs in:
+        - The variance is exact to 1e-6 also where the mean is 1e4 standard deviations.
+        - Results of half precision are rounded once, after the activation.
+        - ``num_batches_tracked`` is counted in the same pass; with ``momentum=None`` it weights the
+          average, without waiting for the device.
+
+    Args:
+        input: ``[N, C]`` or ``[N, C, *]``, of any strides; contiguous and channels-last memory is
+            taken as it lies. float32, float64, float16 or bfloat16.
+        running_mean: ``[C]``, updated in training; in evaluation the mean to use.
+        running_var: ``[C]``, the same for the (unbiased) variance.
+        weight: ``[C]`` of any floating dtype; None is 1.
+        bias: ``[C]`` of any floating dtype; None is 0.
+        training: use statistics of the batch instead of the running ones.
+        momentum: weight of the batch in the running statistics. None: their plain average over
+            ``num_batches_tracked`` batches.
+        eps: added to the variance.
+        residual: added before the activation, usually of the shape of ``input``.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"`` or ``"identity"``.
+        negative_slope: of ``"leaky_relu"``.
+        num_batches_tracked: int64 scalar, incremented in training.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: unknown activation; one value per channel in training; an ``eps`` that is not
+            positive.
+        RuntimeError: shapes do not match.
+
+    Example:
+        >>> import torch, fastremedy
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> fastremedy.functional.batch_norm_relu(x, None, None, training=True)
+        tensor([[0.0000],
+                [0.0000],
+                [1.2247]])
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    output, _ = batch_norm_relu_with_stats(
+        input,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
+    )
+    return output
+
+
+class RawStats(NamedTuple):
+    """What kernels leave of the statistics; :meth:`resolve` launches what makes them readable."""
+
+    saved: Tensor
+    dead: Tensor
+    numel: int  # of a channel
+
+    def resolve(self) -> BatchNormStats:
+        """Return the statistics."""
+        mean, _, _, variance = self.saved
+        dead = self.dead / max(1, self.numel)
+        return BatchNormStats(mean, variance, dead.float(), ~variance.isfinite())
+
+
+def batch_norm_relu_with_stats(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    wants_stats: bool = False,
+    group: Any = None,
+) -> tuple[Tensor, RawStats | None]:
+    """Return the output and, if wanted, statistics; ``group`` shares those over its ranks."""
+    vectors = (weight, bias, running_mean, running_var)
+    if momentum is None and num_batches_tracked is None:
+        momentum = 0.0  # an average over no batches, as in torch's modules
+    backend: str | None
+    if not _kernels_take(input, vectors, num_batches_tracked):
+        backend = "torch"
+        if group is not None:
+            raise RuntimeError(
+                "synchronized batch normalization takes plain tensors [N, C, *] of a "
+                f"floating-point dtype and vectors [C] on their device, got {_describe(input)} and "
+                f"{', '.join(_describe(v) for v in vectors if v is not None)}"
+            )
+    elif torch.compiler.is_compiling() or type(input) not in _PLAIN_TYPES:
+        # Tracers, whose tensors are of other types, are to see an operator.
+        backend = None if _has_kernels(input.device.type) else "torch"
+    else:
+        backend = backends.active(dispatch.STEM, input.device)
+        if group is None and not _is_valid(input, vectors, training, eps):
+            backend = "torch"
+        if backend != "torch":  # torch's lazy minus sign, which kernels do not see
+            input = input.resolve_neg()
+            residual = None if residual is None else residual.resolve_neg()
+    if backend == "torch" and group is None:
+        output = composite(
+            input,
+            residual,
+            *vectors,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
+        )
+        return output, _measure(input, output) if wants_stats else None
+    if residual is not None and not _is_like(residual, input):  # their sum has another dtype
+        output, _ = batch_norm_relu_with_stats(
+            input,
+            None,
+            *vectors,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+            "identity",
+            0.0,
+            False,
+            group,
+        )
+        output = activate(output + residual, activation, negative_slope)
+        return output, _measure(input, output) if wants_stats else None
+    input = dispatch.with_kernel_layout(input)
+    if residual is not None:
+        residual = dispatch.like(residual, input)
+    tensors = (input, residual, *vectors, num_batches_tracked)
+    needs_grad = torch.is_grad_enabled() and any(
+        [t.requires_grad for t in tensors if t is not None]
+    )
+    wants_mask = needs_grad and residual is not None and activation in SIGN_IS_ENOUGH
+    options = dispatch.Options(
+        training, momentum, eps, activation, negative_slope, wants_mask, wants_stats
+    )
+    apply: Callable[..., Any] = BatchNormReLU.apply
+    if not needs_grad:
+        output, saved, _, dead = run_forward(tensors, options, group, backend)
+    elif wants_stats:
+        output, saved, dead = apply(*tensors, options, group, backend)
+    else:
+        output, dead = apply(*tensors, options, group, backend), None
+    if dead is None:
+        return output, None
+    return output, RawStats(saved, dead, input.numel() // input.shape[1])
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _measure(input: Tensor, output: Tensor) -> RawStats:
+    with torch.no_grad():
+        x, dims = input.double(), other_dims(input)
+        variance, mean = torch.var_mean(x, dims, correction=0)
+        saved = torch.stack([mean, mean, mean, variance])
+        dead = (output <= 0).sum(other_dims(output))
+        return RawStats(saved.float(), dead, output.numel() // output.shape[1])
+
+
+def _is_like(residual: Tensor, input: Tensor) -> bool:
+    return (
+        residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+        and residual.layout == torch.strided
+    )
+
+
+def _kernels_take(
+    input: Tensor, vectors: tuple[Tensor | None, ...], num_batches_tracked: Tensor | None
+) -> bool:
+    """Whether there are kernels for these tensors; torch takes others, or tells what is wrong."""
+    if (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.overrides.has_torch_function_variadic(input, *vectors)
+        or input.dtype not in KERNEL_DTYPES
+        or input.dim() < 2
+        or input.layout != torch.strided
+        or is_traceable_wrapper_subclass(input)
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    channels, device = input.size(1), input.device
+    for vector in vectors:
+        if vector is not None and (
+            vector.dim() != 1
+            or vector.size(0) != channels
+            or vector.device != device
+            or vector.dtype not in KERNEL_DTYPES
+            or not vector.is_contiguous()
+        ):
+            return False
+    return channels > 0 and (
+        num_batches_tracked is None or num_batches_tracked.dtype == torch.int64
+    )
+
+
+def _is_valid(
+    input: Tensor, vectors: tuple[Tensor | None, ...], training: bool, eps: float
+) -> bool:
+    """Whether torch would take the call, but for empty inputs, which are left to it."""
+    has_mean, has_var = vectors[2] is not None, vectors[3] is not None
+    if training:
+        return eps > 0.0 and input.numel() > input.size(1) and has_mean == has_var
+    return eps >= 0.0 and has_mean and has_var and input.numel() > 0
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device_type: str) -> bool:
+    return backends.active(dispatch.STEM, device_type) != "torch"

@@ -1,0 +1,57 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""exp(x) and exp(x) - 1: ``csrc/core/exponential.h`` in Triton.
+
+``tl.exp`` is not accurate enough: its error grows with the argument, and exp(x) - 1 cancels at 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _reduce_exp(x):
+    """Return ``scale = 2^n`` and ``exp(r) - 1``, where x is ``n ln 2 + r``; x is float32."""
+    x = tl.where(x < -87.0, -87.0, x)
+    x = tl.where(x > 88.0, 88.0, x)
+    # Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+    shifted = x * 1.44269504 + 12582912.0
+    n = shifted - 12582912.0
+    r = (x - n * 0.693145752) - n * 1.42860677e-6  # ln 2 in two parts
+    p = 1.98412698e-4 * r + 1.38888889e-3
+    p = p * r + 8.33333333e-3
+    p = p * r + 4.16666667e-2
+    p = p * r + 1.66666667e-1
+    p = p * r + 0.5
+    exponent = (shifted.to(tl.uint32, bitcast=True) + 127) << 23
+    return exponent.to(tl.float32, bitcast=True), p * r * r + r
+
+
+@triton.jit
+def exp_of(x):
+    """Return exp(x); in float32 it saturates at exp(-87) and exp(88)."""
+    if x.dtype.is_fp64():
+        return tl.exp(x)
+    else:
+        scale, expm1_r = _reduce_exp(x)
+        return scale * expm1_r + scale
+
+
+@triton.jit
+def expm1_of(x):
+    """Return exp(x) - 1 for x up to 0."""
+    if x.dtype.is_fp64():
+        x = tl.where(x < -40.0, -40.0, x)  # exp(-40) is less than half of the last bit of 1
+        # W. Kahan: log(exp(x)) has the error of the rounded exp(x), and the quotient loses it.
+        u = tl.exp(x)
+        return tl.where(u == 1.0, x, (u - 1.0) * (x / tl.log(u)))
+    else:
+        scale, expm1_r = _reduce_exp(x)
+        return scale * expm1_r + (scale - 1.0)
+
+
+@triton.jit
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + exp_of(-x))
