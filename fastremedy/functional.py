@@ -162,9 +162,8 @@ def batch_norm_relu_with_stats(
         backend = backends.active(dispatch.STEM, input.device)
         if group is None and not _is_valid(input, vectors, training, eps):
             backend = "torch"
-        if backend != "torch":  # torch's lazy minus sign, which kernels do not see
-            input = input.resolve_neg()
-            residual = None if residual is None else residual.resolve_neg()
+        if backend != "torch":
+            input = input.resolve_neg()  # torch's lazy minus sign, which kernels do not see
     if backend == "torch" and group is None:
         output = composite(
             input,
@@ -262,6 +261,7 @@ def _kernels_take(
             or vector.device != device
             or vector.dtype not in KERNEL_DTYPES
             or not vector.is_contiguous()
+            or vector.is_neg()
         ):
             return False
     return channels > 0 and (

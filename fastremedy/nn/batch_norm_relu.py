@@ -24,6 +24,7 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
     negative_slope: float
     collect_stats = False
     _last: RawStats | None = None
+    _is_fused = False  # by fuse_: a plain BatchNorm to everybody but its owner
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         if not bias:  # not every torch has the argument
-            self.bias = None
+            self.register_parameter("bias", None)
         self.activation = activation
         self.negative_slope = negative_slope
 
@@ -256,7 +257,7 @@ class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
         """Replace every batch normalisation in ``module`` by a synchronised one.
 
         Parameters and buffers are shared, activations kept; a plain ``torch.nn.BatchNorm*d`` gets
-        ``activation="identity"``.
+        ``activation="identity"``. Call :func:`fastremedy.nn.fuse_` afterwards, not before.
 
         Args:
             module: changed in place, or replaced if it is a batch normalisation itself.
@@ -276,6 +277,9 @@ class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
     def _synchronized(
         cls, module: nn.modules.batchnorm._BatchNorm, process_group: Any | None
     ) -> SyncBatchNormReLU:
+        activation, negative_slope = "identity", 0.01
+        if isinstance(module, _BatchNormReLU) and not module._is_fused:
+            activation, negative_slope = module.activation, module.negative_slope
         converted = cls(
             module.num_features,
             module.eps,
@@ -284,8 +288,8 @@ class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
             module.track_running_stats,
             process_group,
             device="meta",  # everything is shared
-            activation=getattr(module, "activation", "identity"),
-            negative_slope=getattr(module, "negative_slope", 0.01),
+            activation=activation,
+            negative_slope=negative_slope,
         )
         converted.weight, converted.bias = module.weight, module.bias
         converted.running_mean, converted.running_var = module.running_mean, module.running_var

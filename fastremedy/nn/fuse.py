@@ -159,6 +159,7 @@ class _FusedBatchNorm(_BatchNormReLU):
     """A plain BatchNorm, but for the forward that was rewritten to call it with ``fused=True``."""
 
     by_torch: ClassVar[type[_BatchNorm]]
+    _is_fused = True
 
     def forward(self, input: Tensor, residual: Tensor | None = None, fused: bool = False) -> Tensor:
         if fused:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _native, backends
 from . import batch_norm_relu as definition
 from .batch_norm_relu import ACTIVATIONS, BOTH, FINISH, REDUCE
-from .dispatch import KERNEL_DTYPES, triton_kernels, workspace
+from .dispatch import triton_kernels, workspace
 
 STEM = "batch_norm_relu"
 
@@ -36,7 +36,7 @@ def with_kernel_layout(input: Tensor) -> Tensor:
 
 def like(tensor: Tensor, input: Tensor) -> Tensor:
     """Return ``tensor`` with its elements in the order of ``input``; itself if they are."""
-    if tensor.stride() == input.stride():
+    if tensor.stride() == input.stride() and not tensor.is_neg():
         return tensor
     return torch.empty_like(input, dtype=tensor.dtype).copy_(tensor)
 
@@ -245,8 +245,3 @@ def backward(
         negative_slope,
     )
     return grads
-
-
-def takes(input: Tensor) -> bool:
-    """Whether kernels have what it takes: a plain tensor of a float dtype."""
-    return input.dtype in KERNEL_DTYPES and input.layout == torch.strided and not input.is_neg()
