@@ -84,6 +84,7 @@ def batch_norm_relu(
         ValueError: unknown activation; one value per channel in training; an ``eps`` that is not
             positive.
         RuntimeError: shapes do not match.
+        TypeError: ``residual`` is no tensor.
 
     Example:
         >>> import torch, fastremedy
@@ -144,6 +145,8 @@ def batch_norm_relu_with_stats(
 ) -> tuple[Tensor, RawStats | None]:
     """Return the output and, if wanted, statistics; ``group`` shares those over its ranks."""
     vectors = (weight, bias, running_mean, running_var)
+    if residual is not None:
+        _check_residual(residual, input)
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # an average over no batches, as in torch's modules
     backend: str | None
@@ -162,8 +165,9 @@ def batch_norm_relu_with_stats(
         backend = backends.active(dispatch.STEM, input.device)
         if group is None and not _is_valid(input, vectors, training, eps):
             backend = "torch"
-        if backend != "torch":
-            input = input.resolve_neg()  # torch's lazy minus sign, which kernels do not see
+        if backend != "torch":  # torch's lazy minus sign, which kernels do not see
+            input = input.resolve_neg()
+            residual = None if residual is None else residual.resolve_neg()
     if backend == "torch" and group is None:
         output = composite(
             input,
@@ -229,6 +233,18 @@ def _measure(input: Tensor, output: Tensor) -> RawStats:
         return RawStats(saved.float(), dead, output.numel() // output.shape[1])
 
 
+def _check_residual(residual: Tensor, input: Tensor) -> None:
+    """Fail before anything is changed."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor, got {type(residual).__name__}")
+    sizes = zip(reversed(residual.shape), reversed(input.shape), strict=False)
+    if residual.shape != input.shape and any(a not in (b, 1) and b != 1 for a, b in sizes):
+        raise RuntimeError(
+            f"residual must have a shape that broadcasts with the input's, got "
+            f"{list(residual.shape)} and {list(input.shape)}"
+        )
+
+
 def _is_like(residual: Tensor, input: Tensor) -> bool:
     return (
         residual.shape == input.shape
@@ -261,7 +277,6 @@ def _kernels_take(
             or vector.device != device
             or vector.dtype not in KERNEL_DTYPES
             or not vector.is_contiguous()
-            or vector.is_neg()
         ):
             return False
     return channels > 0 and (
@@ -272,8 +287,10 @@ def _kernels_take(
 def _is_valid(
     input: Tensor, vectors: tuple[Tensor | None, ...], training: bool, eps: float
 ) -> bool:
-    """Whether torch would take the call, but for empty inputs, which are left to it."""
+    """Whether kernels can do what torch would do; empty inputs are left to it, too."""
     has_mean, has_var = vectors[2] is not None, vectors[3] is not None
+    if any([v is not None and v.is_neg() for v in vectors]):  # kernels do not see the minus sign
+        return False
     if training:
         return eps > 0.0 and input.numel() > input.size(1) and has_mean == has_var
     return eps >= 0.0 and has_mean and has_var and input.numel() > 0

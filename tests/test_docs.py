@@ -75,7 +75,22 @@ def test_examples_in_docstrings(name: str) -> None:
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("name", ["clip_", "grad_norm", "clip_value_", "optim.Adam", "optim.AdamW"])
+PUBLIC = [
+    "clip_",
+    "grad_norm",
+    "clip_value_",
+    "optim.Adam",
+    "optim.AdamW",
+    "functional.batch_norm_relu",
+    "nn.BatchNormReLU1d",
+    "nn.BatchNormReLU2d",
+    "nn.BatchNormReLU3d",
+    "nn.SyncBatchNormReLU",
+    "nn.fuse_",
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_docstring_is_complete(name: str) -> None:
     obj: Any = fastremedy
     for part in name.split("."):

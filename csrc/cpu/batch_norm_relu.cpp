@@ -57,14 +57,13 @@ class Forward : Pass<T> {
 
   // The pilots of channels [begin, end).
   void begin_rows(int64_t begin, int64_t end) {
+    layout_.for_each_pilot_of_rows(begin, end, [&](const Tile& tile, int64_t n) {
+      auto input = elements(args_.input);
+      sum_heads(input.load(tile.begin, tile.size()), tile.row_size, tile.num_rows, n,
+                &pilot_[tile.channel]);
+    });
     const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
-    for (int64_t c = begin; c < end; ++c) {
-      layout_.for_each_pilot_of_row(c, [&](int64_t first, int64_t n) {
-        auto input = elements(args_.input);
-        pilot_[c] += sum_of(input.load(first, n), n);
-      });
-      pilot_[c] = usable_pilot(pilot_[c] * inv_count);
-    }
+    for (int64_t c = begin; c < end; ++c) pilot_[c] = usable_pilot(pilot_[c] * inv_count);
   }
 
   void begin_columns() {

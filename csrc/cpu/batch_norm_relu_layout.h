@@ -55,12 +55,14 @@ class Layout {
     }
   }
 
-  // visit(begin, n) for the first elements of channel c.
+  // visit(tile, n) for channels [begin, end): the first n elements of the tile's rows are among
+  // their first.
   template <class Visit>
-  void for_each_pilot_of_row(int64_t c, const Visit& visit) const {
+  void for_each_pilot_of_rows(int64_t begin, int64_t end, const Visit& visit) const {
     for (int64_t i = 0; i < num_pilots(); i += row_size_) {
-      const int64_t row = i / row_size_ * shape_.channels + c;
-      visit(row * row_size_, std::min(row_size_, num_pilots() - i));
+      const int64_t n = std::min(row_size_, num_pilots() - i);
+      for_each_row_tile(i / row_size_, begin, end, 0, std::min(row_size_, kBlockSize),
+                        [&](const Tile& tile) { visit(tile, n); });
     }
   }
 

@@ -30,12 +30,17 @@ struct ActivationOptions {
 
 // --- forward ---
 
+// Adds the first n elements of each row, at most kPilotElements.
 template <class T>
-FASTREMEDY_CLONES T sum_of(const T* x, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
-  return sum;
+FASTREMEDY_CLONES void sum_heads(const T* x, int64_t row_size, int64_t num_rows, int64_t n,
+                                 T* sums) {
+  for (int64_t r = 0; r < num_rows; ++r, x += row_size) {
+    if (n == kPilotElements) {
+      sums[r] += sum_of<kPilotElements>(x);
+    } else {
+      for (int64_t i = 0; i < n; ++i) sums[r] += x[i];
+    }
+  }
 }
 
 template <class T>
@@ -43,15 +48,23 @@ FASTREMEDY_CLONES void sum_rows(const T* __restrict x, int64_t row_size, int64_t
                                 const T* pilots, double* sums, double* sums_of_squares) {
   for (int64_t r = 0; r < num_rows; ++r, x += row_size) {
     const T pilot = pilots[r];
-    T sum = 0, sum_of_squares = 0;
-#pragma omp simd reduction(+ : sum, sum_of_squares)
-    for (int64_t i = 0; i < row_size; ++i) {
-      const T d = x[i] - pilot;
+    Lanes<T> sum = {}, sum_of_squares = {};
+    int64_t i = 0;
+    for (; i + kNumLanes<T> <= row_size; i += kNumLanes<T>) {
+      Lanes<T> d;
+#pragma omp simd
+      for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) d[lane] = x[i + lane] - pilot;
       sum += d;
       sum_of_squares += d * d;
     }
-    sums[r] += sum;
-    sums_of_squares[r] += sum_of_squares;
+    T rest = 0, rest_of_squares = 0;
+    for (; i < row_size; ++i) {
+      const T d = x[i] - pilot;
+      rest += d;
+      rest_of_squares += d * d;
+    }
+    sums[r] += sum_of<T>(sum) + rest;
+    sums_of_squares[r] += sum_of<T>(sum_of_squares) + rest_of_squares;
   }
 }
 
@@ -118,16 +131,30 @@ FASTREMEDY_CLONES void sum_grad_rows(const T* __restrict x, const T* __restrict 
   const T threshold = options.threshold, negative_slope = options.negative_slope;
   for (int64_t r = 0; r < num_rows; ++r, x += row_size, grad += row_size) {
     const Normalizer<T> c = channels[r];
-    T sum_g = 0, sum_gx = 0;
-#pragma omp simd reduction(+ : sum_g, sum_gx)
-    for (int64_t i = 0; i < row_size; ++i) {
+    const auto grad_at = [&](int64_t i) {
       const T z = normalize(x[i], c.mean, c.scale, c.shift);
-      const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
+      return activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
+    };
+    Lanes<T> sum_g = {}, sum_gx = {};
+    int64_t i = 0;
+    for (; i + kNumLanes<T> <= row_size; i += kNumLanes<T>) {
+      Lanes<T> g, gx;
+#pragma omp simd
+      for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) {
+        g[lane] = grad_at(i + lane);
+        gx[lane] = g[lane] * (x[i + lane] - c.mean);
+      }
       sum_g += g;
-      sum_gx += g * (x[i] - c.mean);
+      sum_gx += gx;
     }
-    sums_g[r] += sum_g;
-    sums_gx[r] += sum_gx;
+    T rest_g = 0, rest_gx = 0;
+    for (; i < row_size; ++i) {
+      const T g = grad_at(i);
+      rest_g += g;
+      rest_gx += g * (x[i] - c.mean);
+    }
+    sums_g[r] += sum_of<T>(sum_g) + rest_g;
+    sums_gx[r] += sum_of<T>(sum_gx) + rest_gx;
   }
 }
 

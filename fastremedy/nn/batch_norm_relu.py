@@ -170,7 +170,7 @@ class BatchNormReLU3d(_BatchNormReLU, nn.BatchNorm3d):
     """
 
 
-class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
+class SyncBatchNormReLU(_BatchNormReLU):
     """Batch normalisation over the batches of all ranks, and an activation.
 
     In training the ranks of ``process_group`` add up their sums: one all-reduce of 2 C + 1 numbers
@@ -182,6 +182,8 @@ class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
 
     Differs in:
         - It runs on the CPU too (gloo), and inside ``torch.compile(fullgraph=True)``.
+        - It is no instance of ``torch.nn.SyncBatchNorm``, which DistributedDataParallel refuses on
+          the CPU.
         - It cannot be differentiated twice.
 
     Args:
@@ -237,10 +239,13 @@ class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
         )
         self.process_group = process_group
 
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return ``activation(batch_norm(input) + residual)``."""
-        self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
+        self._check_input_dim(input)  # type: ignore[misc]
+        self._check_non_zero_input_channels(input)  # type: ignore[misc]
         return self._run(input, residual, self._group() if self.training else None)
 
     def _group(self) -> Any:

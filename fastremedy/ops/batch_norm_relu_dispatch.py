@@ -36,7 +36,7 @@ def with_kernel_layout(input: Tensor) -> Tensor:
 
 def like(tensor: Tensor, input: Tensor) -> Tensor:
     """Return ``tensor`` with its elements in the order of ``input``; itself if they are."""
-    if tensor.stride() == input.stride() and not tensor.is_neg():
+    if tensor.stride() == input.stride():
         return tensor
     return torch.empty_like(input, dtype=tensor.dtype).copy_(tensor)
 
@@ -229,7 +229,7 @@ def backward(
                 grad.zero_()
         return grads
     kernels_of(backend or backends.active(STEM, input.device)).backward(
-        like(grad_output, input),
+        like(grad_output.resolve_neg(), input),
         input,
         is_channels_last(input),
         residual,
