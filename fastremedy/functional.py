@@ -159,8 +159,12 @@ def batch_norm_relu_with_stats(
                 f"{', '.join(_describe(v) for v in vectors if v is not None)}"
             )
     elif torch.compiler.is_compiling() or type(input) not in _PLAIN_TYPES:
-        # Tracers, whose tensors are of other types, are to see an operator.
-        backend = None if _has_kernels(input.device.type) else "torch"
+        # Tracers, whose tensors are of other types, are to see an operator; what is exported has to
+        # run without this package.
+        has_kernels = _has_kernels(input.device.type) and not torch.compiler.is_exporting()
+        backend = None if has_kernels else "torch"
+        if residual is input:  # Dynamo's functions take no tensor twice
+            residual = input.view_as(input)
     else:
         backend = backends.active(dispatch.STEM, input.device)
         if group is None and not _is_valid(input, vectors, training, eps):

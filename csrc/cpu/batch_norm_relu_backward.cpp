@@ -20,7 +20,8 @@ FASTREMEDY_CLONES void unpack_bits(const uint8_t* bytes, uint8_t* flags, int64_t
 
 template <Activation kActivation, class T>
 class Backward : Pass<T> {
-  using Pass<T>::layout_, Pass<T>::options_, Pass<T>::elements, Pass<T>::normalizers;
+  using Pass<T>::layout_, Pass<T>::options_, Pass<T>::normalizers;
+  using Pass<T>::reader, Pass<T>::writer;
 
  public:
   explicit Backward(const BatchNormBackwardArgs& args)
@@ -151,9 +152,9 @@ class Backward : Pass<T> {
   template <class Normalize, class Use>
   void visit(const Tile& tile, const Normalize& normalize_tile, const Use& use) const {
     const int64_t n = tile.size();
-    auto input = elements(args_.input), grad_output = elements(args_.grad_output);
-    const T* x = input.load(tile.begin, n);
-    const T* grad = grad_output.load(tile.begin, n);
+    auto input = reader(args_.input), grad_output = reader(args_.grad_output);
+    const T* x = input.load(tile);
+    const T* grad = grad_output.load(tile);
     alignas(64) T g[kBlockSize];
     if (args_.mask) {
       uint8_t flags[kBlockSize];
@@ -165,8 +166,8 @@ class Backward : Pass<T> {
     } else if (args_.residual) {
       alignas(64) T z[kBlockSize];
       normalize_tile(x, z);
-      auto residual = elements(args_.residual);
-      add_to(z, residual.load(tile.begin, n), n);
+      auto residual = reader(args_.residual);
+      add_to(z, residual.load(tile), n);
       find_activation_grads<kActivation>(z, grad, g, n, options_);
     } else {
       return use(std::integral_constant<Activation, kActivation>(), x, grad);
@@ -179,24 +180,24 @@ class Backward : Pass<T> {
     visit(tile, normalize_tile, [&](auto activation, const T* x, const T* g) {
       const int64_t n = tile.size();
       if (args_.grad_residual) {
-        auto grad_residual = elements(args_.grad_residual);
-        std::copy_n(g, n, grad_residual.place(tile.begin));
-        grad_residual.store(n);
+        auto grad_residual = writer(args_.grad_residual);
+        std::copy_n(g, n, grad_residual.place(tile));
+        grad_residual.store(tile);
       }
       if (args_.grad_input == nullptr) return;
-      auto grad_input = elements(args_.grad_input);
-      T* dx = grad_input.place(tile.begin);
+      auto grad_input = writer(args_.grad_input);
+      T* dx = grad_input.place(tile);
       if (args_.training) {
         write(activation, std::true_type(), x, g, dx);
       } else {
         write(activation, std::false_type(), x, g, dx);
       }
-      grad_input.store(n);
+      grad_input.store(tile);
     });
   }
 
   const BatchNormBackwardArgs& args_;
-  std::vector<T> g_scale_, x_scale_, input_shift_;
+  LineVector<T> g_scale_, x_scale_, input_shift_;
 };
 
 }  // namespace

@@ -5,11 +5,12 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "../core/arguments.h"
 #include "blocks.h"
 #include "parallel.h"
+#include "simd.h"
+#include "stream.h"
 
 namespace fastremedy::cpu {
 
@@ -37,11 +38,19 @@ class Layout {
   int64_t count() const { return shape_.count(); }
   DType dtype() const { return shape_.dtype; }
 
+  // Whether results go past the cache: those that would not stay there until they are read, if they
+  // are of rows. Columns are a stream already.
+  bool streams() const {
+    constexpr int64_t kCacheBytes = 16 << 20;  // half of a usual L3
+    const int64_t num_bytes = shape_.channels * count() * element_size(shape_.dtype);
+    return !shape_.channels_last && num_bytes >= kCacheBytes;
+  }
+
   // How many numbers of channels the tiles ask for.
   int64_t period() const { return shape_.channels * (shape_.channels_last ? tile_rows_ : 1); }
 
   template <class T>
-  void repeat(std::vector<T>& values) const {
+  void repeat(LineVector<T>& values) const {
     for (int64_t i = shape_.channels; i < period(); ++i) values[i] = values[i - shape_.channels];
   }
 
@@ -66,12 +75,13 @@ class Layout {
     }
   }
 
-  // visit(begin, n, column) for the first elements of all channels, which are last.
+  // visit(tile) for the first elements of all channels, which are last.
   template <class Visit>
   void for_each_pilot_of_columns(const Visit& visit) const {
     for (int64_t row = 0; row < num_pilots(); ++row) {
       for (int64_t column = 0; column < row_size_; column += kBlockSize) {
-        visit(row * row_size_ + column, std::min(kBlockSize, row_size_ - column), column);
+        const int64_t size = std::min(kBlockSize, row_size_ - column);
+        visit(Tile{row * row_size_ + column, size, 1, row, column, 0});
       }
     }
   }
@@ -125,7 +135,7 @@ class Layout {
         const int64_t size = std::min((end - begin) * row_size_, kBlockSize);
         pass.prefetch((image * shape_.channels + begin) * row_size_, size);
       };
-      std::vector<double> sums(2 * (end - begin));
+      LineVector<double> sums(2 * (end - begin));
       double *const first = sums.data(), *const second = first + (end - begin);
       pass.begin_rows(begin, end);
       for (int64_t image = 0; image < shape_.batch; ++image) {
@@ -141,6 +151,7 @@ class Layout {
         for_each_row_tile(image, begin, end, 0, row_size_,
                           [&](const Tile& tile) { pass.apply_to_rows(tile); });
       }
+      finish_streams();
     });
   }
 
@@ -155,7 +166,7 @@ class Layout {
       for_each_row_tile(part / parts_of_row, c, c + 1, first,
                         std::min(first + kChunkElements, row_size_), visit);
     };
-    std::vector<double> partials(2 * shape_.channels * num_parts);
+    LineVector<double> partials(2 * shape_.channels * num_parts);
     pass.begin_rows(0, shape_.channels);
     parallel_for(shape_.channels * num_parts, false, is_serial_, [&](int64_t range) {
       for_each_tile(range, [&](const Tile& tile) {
@@ -173,13 +184,14 @@ class Layout {
     if (!applies) return;
     parallel_for(shape_.channels * num_parts, true, is_serial_, [&](int64_t range) {
       for_each_tile(range, [&](const Tile& tile) { pass.apply_to_rows(tile); });
+      finish_streams();
     });
   }
 
   // Without sums there is one pass, in the order of memory.
   template <class Pass>
   void run_images(Pass& pass, bool applies) const {
-    const std::vector<double> no_sums(2 * shape_.channels);
+    const LineVector<double> no_sums(2 * shape_.channels);
     pass.finish(0, shape_.channels, no_sums.data(), no_sums.data());
     if (!applies) return;
     const int64_t parts_of_row = (row_size_ + kChunkElements - 1) / kChunkElements;
@@ -193,6 +205,7 @@ class Layout {
                         std::min(begin + range_size, shape_.channels), first,
                         std::min(first + kChunkElements, row_size_),
                         [&](const Tile& tile) { pass.apply_to_rows(tile); });
+      finish_streams();
     });
   }
 
@@ -223,21 +236,21 @@ class Layout {
       }
     };
     const int64_t channels = shape_.channels;
-    std::vector<double> totals(2 * channels);
+    LineVector<double> totals(2 * channels);
     if (reduces) {
       pass.begin_columns();
-      std::vector<double> partials(2 * channels * num_chunks);
+      LineVector<double> partials(2 * channels * num_chunks);
       parallel_for(num_chunks, false, is_serial_, [&](int64_t chunk) {
-        std::vector<T> sums(2 * period());
+        LineVector<T> first(period()), second(period());
         for_each_tile(chunk, [&](const Tile& tile) {
           prefetch_after(pass, tile);
-          pass.sum_columns(tile, &sums[tile.column], &sums[period() + tile.column]);
+          pass.sum_columns(tile, &first[tile.column], &second[tile.column]);
         });
         double* const partial = &partials[2 * channels * chunk];
         for (int64_t i = 0; i < period(); i += channels) {
           for (int64_t c = 0; c < channels; ++c) {
-            partial[c] += sums[i + c];
-            partial[channels + c] += sums[period() + i + c];
+            partial[c] += first[i + c];
+            partial[channels + c] += second[i + c];
           }
         }
       });
@@ -250,7 +263,7 @@ class Layout {
     if (!applies) return;
     pass.repeat();
     parallel_for(num_chunks, true, is_serial_, [&](int64_t chunk) {
-      std::vector<int32_t> dead(pass.dead() ? period() : 0);
+      LineVector<int32_t> dead(pass.dead() ? period() : 0);
       for_each_tile(chunk, [&](const Tile& tile) {
         prefetch_after(pass, tile);
         pass.apply_to_columns(tile, dead.data());

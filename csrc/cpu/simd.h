@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTREMEDY_CLONES \
@@ -29,6 +31,23 @@ using Lanes = typename LanesOf<T>::Type;
 
 template <class T>
 inline constexpr int64_t kNumLanes = sizeof(Lanes<T>) / sizeof(T);
+
+// Arrays that begin with a cache line: a vector access that crosses lines takes twice as long.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* data, size_t) { ::operator delete(data, kLine); }
+  friend bool operator==(LineAllocator, LineAllocator) { return true; }
+  friend bool operator!=(LineAllocator, LineAllocator) { return false; }
+};
+template <class T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 // Pairwise, in registers. A reduction of `omp simd` adds one lane after the other, which takes as
 // long as the rest of a row of 49 elements.
