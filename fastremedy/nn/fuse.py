@@ -275,13 +275,6 @@ class _FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._holds((*args, *kwargs.values())):
             return self.function(self.module, *args, **kwargs)
-        for module, name, value in self.attributes:
-            now = getattr(module, name, None)
-            if value in self.norms and now is not value and _activates_itself(now):
-                raise RuntimeError(
-                    f"a fused {name!r} was replaced by a {type(now).__name__} that keeps its "
-                    "activation: call fastremedy.nn.unfuse_ before, and fuse_ after"
-                )
         return type(self.module).forward(self.module, *args, **kwargs)
 
     # What a forward is asked for: the arguments by trainers, the place by torch.export.
