@@ -18,7 +18,7 @@ from .batch_norm_reference import (
     make_tensors,
     spare,
 )
-from .reference import FLOATS, HALVES, assert_same_bits, few_examples
+from .reference import FLOATS, HALVES, UNIT_ROUNDOFF, assert_same_bits, few_examples
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -36,6 +36,29 @@ def test_activations(
     for residual, layout in cases:
         tensors = make_tensors((3, 9, 2, 7), dtype, device, residual, layout)
         assert_matches_torch(tensors, training=training, activation=activation)
+
+
+EXTREMES = [0.0, 1e-30, 1e-3, 1.0, 20.0, 86.0, 88.0, 89.0, 104.0, 1e4, 1e30, 3e38, float("inf")]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_values(backend: str, device: torch.device, activation: str) -> None:
+    values = torch.tensor([*EXTREMES, *(-x for x in EXTREMES)])[:, None]
+    mean, var = torch.zeros(1, device=device), torch.ones(1, device=device)
+    results = []
+    for x in (values.to(device), values.double()):
+        x = x.clone().requires_grad_()
+        if x.dtype == torch.float32:
+            y = fastremedy.functional.batch_norm_relu(x, mean, var, eps=0.0, activation=activation)
+        else:
+            y = getattr(torch.nn.functional, activation)(x) if activation != "identity" else x * 1
+        y.backward(torch.ones_like(y))
+        assert x.grad is not None
+        results += [y.detach().double().cpu(), x.grad.double().cpu()]
+    for ours, exact in zip(results[:2], results[2:], strict=True):
+        # The exponential is off by 4 unit roundoffs at most, and 0 below exp(-87) = 1.6e-38.
+        bound = 6 * UNIT_ROUNDOFF[torch.float32]
+        torch.testing.assert_close(ours, exact, rtol=bound, atol=104 * 2e-38, equal_nan=True)
 
 
 # The edges of vectors, of rows of the mask and of blocks of threads.

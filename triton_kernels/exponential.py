@@ -30,12 +30,13 @@ def _reduce_exp(x):
 
 @triton.jit
 def exp_of(x):
-    """Return exp(x); in float32 it saturates at exp(-87) and exp(88)."""
+    """Return exp(x); in float32 it is 0 below -87 and infinity above 88."""
     if x.dtype.is_fp64():
         return tl.exp(x)
     else:
         scale, expm1_r = _reduce_exp(x)
-        return scale * expm1_r + scale
+        value = tl.where(x < -87.0, 0.0, scale * expm1_r + scale)
+        return tl.where(x > 88.0, float("inf"), value)
 
 
 @triton.jit

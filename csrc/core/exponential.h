@@ -37,10 +37,11 @@ FASTREMEDY_HD float clamp_to_exp_range(float x) {
   return x > 88.0f ? 88.0f : x;
 }
 
-// Saturates at exp(-87) = 1.6e-38 and exp(88) = 1.7e38.
+// 0 below -87, where exp(x) is 1.6e-38, and infinity above 88, where it is 1.7e38.
 FASTREMEDY_HD float exp_of(float x) {
   const ReducedExp e = reduce_exp(clamp_to_exp_range(x));
-  return e.scale * e.expm1_r + e.scale;
+  const float value = x < -87.0f ? 0.0f : e.scale * e.expm1_r + e.scale;
+  return x > 88.0f ? HUGE_VALF : value;
 }
 FASTREMEDY_HD double exp_of(double x) { return ::exp(x); }
 
