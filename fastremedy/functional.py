@@ -300,6 +300,9 @@ def _is_valid(
     return eps >= 0.0 and has_mean and has_var and input.numel() > 0
 
 
-@torch.compiler.assume_constant_result
 def _has_kernels(device_type: str) -> bool:
     return backends.active(dispatch.STEM, device_type) != "torch"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler for it.
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
