@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../core/batch_norm_relu.h"
+#include "blocks.h"
 #include "simd.h"
 
 namespace fastremedy::cpu {
@@ -48,14 +49,14 @@ FASTREMEDY_CLONES void sum_rows(const T* __restrict x, int64_t row_size, int64_t
                                 const T* pilots, double* sums, double* sums_of_squares) {
   for (int64_t r = 0; r < num_rows; ++r, x += row_size) {
     const T pilot = pilots[r];
-    Lanes<T> sum = {}, sum_of_squares = {};
+    Lanes<T> sum, sum_of_squares;
     int64_t i = 0;
     for (; i + kNumLanes<T> <= row_size; i += kNumLanes<T>) {
-      Lanes<T> d;
+      T d[kNumLanes<T>];
 #pragma omp simd
       for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) d[lane] = x[i + lane] - pilot;
-      sum += d;
-      sum_of_squares += d * d;
+      sum.add(Lanes<T>::load(d));
+      sum_of_squares.add_squares(Lanes<T>::load(d));
     }
     T rest = 0, rest_of_squares = 0;
     for (; i < row_size; ++i) {
@@ -63,8 +64,8 @@ FASTREMEDY_CLONES void sum_rows(const T* __restrict x, int64_t row_size, int64_t
       rest += d;
       rest_of_squares += d * d;
     }
-    sums[r] += sum_of<T>(sum) + rest;
-    sums_of_squares[r] += sum_of<T>(sum_of_squares) + rest_of_squares;
+    sums[r] += sum_of(sum) + rest;
+    sums_of_squares[r] += sum_of(sum_of_squares) + rest_of_squares;
   }
 }
 
@@ -124,10 +125,11 @@ FASTREMEDY_CLONES void find_positive(const T* __restrict z, uint8_t* __restrict 
 // --- backward ---
 
 template <Activation kActivation, class T>
-FASTREMEDY_CLONES void sum_grad_rows(const T* __restrict x, const T* __restrict grad,
-                                     int64_t row_size, int64_t num_rows, Normalizers<T> channels,
-                                     ActivationOptions<T> options, double* sums_g,
-                                     double* sums_gx) {
+FASTREMEDY_CLONES_WITHOUT_MASKS void sum_grad_rows(const T* __restrict x, const T* __restrict grad,
+                                                   int64_t row_size, int64_t num_rows,
+                                                   Normalizers<T> channels,
+                                                   ActivationOptions<T> options, double* sums_g,
+                                                   double* sums_gx) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
   for (int64_t r = 0; r < num_rows; ++r, x += row_size, grad += row_size) {
     const Normalizer<T> c = channels[r];
@@ -135,17 +137,17 @@ FASTREMEDY_CLONES void sum_grad_rows(const T* __restrict x, const T* __restrict 
       const T z = normalize(x[i], c.mean, c.scale, c.shift);
       return activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
     };
-    Lanes<T> sum_g = {}, sum_gx = {};
+    Lanes<T> sum_g, sum_gx;
     int64_t i = 0;
     for (; i + kNumLanes<T> <= row_size; i += kNumLanes<T>) {
-      Lanes<T> g, gx;
+      T g[kNumLanes<T>], gx[kNumLanes<T>];
 #pragma omp simd
       for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) {
         g[lane] = grad_at(i + lane);
         gx[lane] = g[lane] * (x[i + lane] - c.mean);
       }
-      sum_g += g;
-      sum_gx += gx;
+      sum_g.add(Lanes<T>::load(g));
+      sum_gx.add(Lanes<T>::load(gx));
     }
     T rest_g = 0, rest_gx = 0;
     for (; i < row_size; ++i) {
@@ -153,15 +155,17 @@ FASTREMEDY_CLONES void sum_grad_rows(const T* __restrict x, const T* __restrict 
       rest_g += g;
       rest_gx += g * (x[i] - c.mean);
     }
-    sums_g[r] += sum_of<T>(sum_g) + rest_g;
-    sums_gx[r] += sum_of<T>(sum_gx) + rest_gx;
+    sums_g[r] += sum_of(sum_g) + rest_g;
+    sums_gx[r] += sum_of(sum_gx) + rest_gx;
   }
 }
 
 template <Activation kActivation, class T>
-FASTREMEDY_CLONES void sum_grad_columns(const T* __restrict x, const T* __restrict grad, int64_t n,
-                                        Normalizers<T> c, ActivationOptions<T> options,
-                                        T* __restrict sums_g, T* __restrict sums_gx) {
+FASTREMEDY_CLONES_WITHOUT_MASKS void sum_grad_columns(const T* __restrict x,
+                                                      const T* __restrict grad, int64_t n,
+                                                      Normalizers<T> c,
+                                                      ActivationOptions<T> options,
+                                                      T* __restrict sums_g, T* __restrict sums_gx) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
   for (int64_t i = 0; i < n; ++i) {
     const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
@@ -178,10 +182,11 @@ FASTREMEDY_HD T input_grad_of(T g, T centered, T g_scale, T x_scale, T shift) {
 }
 
 template <Activation kActivation, bool kBatchStatistics, class T>
-FASTREMEDY_CLONES void input_grad_rows(const T* __restrict x, const T* __restrict grad,
-                                       T* __restrict dx, int64_t row_size, int64_t num_rows,
-                                       Normalizers<T> channels, InputGrads<T> d,
-                                       ActivationOptions<T> options) {
+FASTREMEDY_CLONES_WITHOUT_MASKS void input_grad_rows(const T* __restrict x,
+                                                     const T* __restrict grad, T* __restrict dx,
+                                                     int64_t row_size, int64_t num_rows,
+                                                     Normalizers<T> channels, InputGrads<T> d,
+                                                     ActivationOptions<T> options) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
   for (int64_t r = 0; r < num_rows; ++r, x += row_size, grad += row_size, dx += row_size) {
     const Normalizer<T> c = channels[r];
@@ -195,9 +200,11 @@ FASTREMEDY_CLONES void input_grad_rows(const T* __restrict x, const T* __restric
 }
 
 template <Activation kActivation, bool kBatchStatistics, class T>
-FASTREMEDY_CLONES void input_grad_columns(const T* __restrict x, const T* __restrict grad,
-                                          T* __restrict dx, int64_t n, Normalizers<T> c,
-                                          InputGrads<T> d, ActivationOptions<T> options) {
+FASTREMEDY_CLONES_WITHOUT_MASKS void input_grad_columns(const T* __restrict x,
+                                                        const T* __restrict grad, T* __restrict dx,
+                                                        int64_t n, Normalizers<T> c,
+                                                        InputGrads<T> d,
+                                                        ActivationOptions<T> options) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
   for (int64_t i = 0; i < n; ++i) {
     const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);

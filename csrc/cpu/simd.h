@@ -9,25 +9,49 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTREMEDY_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// Without AVX-512, for loops that choose among what they load: GCC loads under a mask there, which
+// has to wait for the mask. Of two streams from memory 2.2 elements a nanosecond come, 4.2 this
+// way.
+#define FASTREMEDY_CLONES_WITHOUT_MASKS __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define FASTREMEDY_CLONES
+#define FASTREMEDY_CLONES_WITHOUT_MASKS
 #endif
 
 namespace fastremedy::cpu {
 
-// 64 bytes of T, which add up lane by lane: one register of AVX-512, two of AVX2.
+// 64 bytes of T, which add up lane by lane: two registers of AVX2. One of 64 bytes is taken apart
+// into single elements where the machine has none.
 template <class T>
-struct LanesOf;
+struct VectorOf;
 template <>
-struct LanesOf<float> {
-  typedef float Type __attribute__((vector_size(64)));
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(32)));
 };
 template <>
-struct LanesOf<double> {
-  typedef double Type __attribute__((vector_size(64)));
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(32)));
 };
+
 template <class T>
-using Lanes = typename LanesOf<T>::Type;
+struct Lanes {
+  typename VectorOf<T>::Type low = {}, high = {};
+
+  inline __attribute__((always_inline)) static Lanes load(const T* values) {
+    Lanes lanes;
+    std::memcpy(&lanes.low, values, sizeof(lanes.low));
+    std::memcpy(&lanes.high, values + sizeof(lanes.low) / sizeof(T), sizeof(lanes.high));
+    return lanes;
+  }
+  inline __attribute__((always_inline)) void add(const Lanes& other) {
+    low += other.low;
+    high += other.high;
+  }
+  inline __attribute__((always_inline)) void add_squares(const Lanes& other) {
+    low += other.low * other.low;
+    high += other.high * other.high;
+  }
+};
 
 template <class T>
 inline constexpr int64_t kNumLanes = sizeof(Lanes<T>) / sizeof(T);
@@ -64,9 +88,10 @@ inline __attribute__((always_inline)) T sum_of(const T* values) {
 
 template <class T>
 inline __attribute__((always_inline)) T sum_of(const Lanes<T>& lanes) {
-  T values[kNumLanes<T>];
-  std::memcpy(values, &lanes, sizeof(values));
-  return sum_of<kNumLanes<T>>(values);
+  const auto sums = lanes.low + lanes.high;
+  T values[kNumLanes<T> / 2];
+  std::memcpy(values, &sums, sizeof(values));
+  return sum_of<kNumLanes<T> / 2>(values);
 }
 
 }  // namespace fastremedy::cpu
