@@ -140,10 +140,22 @@ class Layout {
       pass.begin_rows(begin, end);
       for (int64_t image = 0; image < shape_.batch; ++image) {
         prefetch(image + 1);
-        for_each_row_tile(image, begin, end, 0, row_size_, [&](const Tile& tile) {
-          const int64_t i = tile.channel - begin;
-          pass.sum_rows(tile, first + i, second + i);
-        });
+        if (row_size_ <= kBlockSize) {
+          for_each_row_tile(image, begin, end, 0, row_size_, [&](const Tile& tile) {
+            const int64_t i = tile.channel - begin;
+            pass.sum_rows(tile, first + i, second + i);
+          });
+          continue;
+        }
+        for (int64_t c = begin; c < end; ++c) {
+          for (int64_t column = 0; column < row_size_; column += kChunkElements) {
+            double part[2] = {0, 0};  // as run_few_channels adds up
+            for_each_row_tile(image, c, c + 1, column, std::min(column + kChunkElements, row_size_),
+                              [&](const Tile& tile) { pass.sum_rows(tile, &part[0], &part[1]); });
+            first[c - begin] += part[0];
+            second[c - begin] += part[1];
+          }
+        }
       }
       pass.finish(begin, end, first, second);
       for (int64_t image = shape_.batch; applies && image-- > 0;) {
