@@ -40,7 +40,7 @@ MAX_GRAD_NORM = 1.0
 BATCH_SIZE = 64
 SEED = 0
 WARM_UP = 10  # steps whose time does not count
-FACTOR = 5
+FACTOR = 10
 STOCK_LABEL = "stock: clip_grad_norm_, AdamW(fused=True)"
 OUR_LABEL = "fastremedy: fuse_(model), AdamW(max_grad_norm=1.0)"
 

@@ -98,8 +98,8 @@ def make_run(losses: list[float]) -> demo.Run:
     ("ours", "is_rounding"),
     [
         ([2.3, 0.5], True),
-        ([2.3 + 1e-6, 0.5], True),  # the last digit of 2.3 is 2.4e-7
-        ([2.3 + 2e-6, 0.5], False),
+        ([2.3 + 2e-6, 0.5], True),  # the last digit of 2.3 is 2.4e-7
+        ([2.3 + 3e-6, 0.5], False),
         ([2.3, math.nan], False),
         ([math.inf, 0.5], False),
     ],
@@ -113,7 +113,8 @@ def test_bound(ours: list[float], is_rounding: bool) -> None:
 def test_bound_grows_with_the_distance_of_stock_from_stock() -> None:
     stock, yardstick = make_run([2.0, 1.0, 1.0]), make_run([2.0, 1.1, 1.0])
     comparison = demo.Comparison(stock, make_run([2.0, 1.4, 1.4]), yardstick)
-    assert comparison.bound == pytest.approx([demo.FACTOR * 2.0**-22, 0.5, 0.5])
+    distances = [2.0**-22, 0.1, 0.1]
+    assert comparison.bound == pytest.approx([demo.FACTOR * distance for distance in distances])
     assert comparison.is_rounding
     early = demo.Comparison(stock, make_run([2.1, 1.0, 1.0]), yardstick)
     assert not early.is_rounding
