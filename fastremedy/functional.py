@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends
 from .ops import batch_norm_relu_dispatch as dispatch
-from .ops.batch_norm_relu import ACTIVATIONS, SIGN_IS_ENOUGH, activate, composite, other_dims
+from .ops.batch_norm_relu import SIGN_IS_ENOUGH, activate, check_activation, composite, other_dims
 from .ops.batch_norm_relu_autograd import BatchNormReLU, run_forward
 from .ops.dispatch import KERNEL_DTYPES
 
@@ -94,8 +94,7 @@ def batch_norm_relu(
                 [0.0000],
                 [1.2247]])
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_activation(activation)
     output, _ = batch_norm_relu_with_stats(
         input,
         residual,

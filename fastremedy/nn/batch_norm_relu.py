@@ -9,12 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..functional import BatchNormStats, RawStats, batch_norm_relu_with_stats
-from ..ops.batch_norm_relu import ACTIVATIONS
-
-
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+from ..ops.batch_norm_relu import check_activation
 
 
 class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
@@ -41,7 +36,7 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
     ) -> None:
         """Create parameters and buffers as torch does."""
-        _check_activation(activation)
+        check_activation(activation)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )

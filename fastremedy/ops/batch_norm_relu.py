@@ -23,6 +23,12 @@ SIGN_IS_ENOUGH = ("relu", "leaky_relu")
 REDUCE, FINISH, BOTH = 0, 1, 2  # phases: ranks of a group sum up between the first two
 
 
+def check_activation(activation: str) -> None:
+    """Fail if there is no activation of that name."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
     """Return ``activation(z)``."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
