@@ -4,6 +4,7 @@
 #include "adamw.h"
 #include "batch_norm_relu.h"
 #include "clip_grad_norm.h"
+#include "focal_loss.h"
 #include "multi_tensor.h"
 
 namespace fastremedy {
@@ -104,6 +105,59 @@ struct BatchNormBackwardArgs {
   ChannelValues grad_weight, grad_bias;  // null data: not wanted; not written in kFinish
   // double[2 * channels + 1]: sum(g), centered sum(g * x), then the number of elements.
   double* sums;
+};
+
+// Elements [outer, classes, inner] without gaps; a row are the classes of one place.
+struct FocalLossShape {
+  int64_t outer;
+  int64_t classes;
+  int64_t inner;
+  DType dtype;  // of input and grad_input
+
+  FASTREMEDY_HD int64_t num_rows() const { return outer * inner; }
+  FASTREMEDY_HD int64_t numel() const { return outer * classes * inner; }
+};
+
+// What both directions get. T is double if shape.dtype is, float otherwise. There is at least one
+// element.
+struct FocalLossArgs {
+  FocalLossShape shape;
+  FocalForm form;
+  Reduction reduction;
+  const void* input;
+  // The target: labels [outer, inner] or, if those are null, probabilities [outer, classes, inner].
+  const int64_t* labels;
+  const void* probabilities;
+  DType probabilities_dtype;
+  double gamma;
+  // kSigmoid: share of the positives, below 0 none. kSoftmax: a factor of the loss.
+  double alpha;
+  ChannelValues alphas;      // instead of alpha, one of each class
+  ChannelValues weight;      // null: 1
+  ChannelValues pos_weight;  // null: 1; kSigmoid only
+  double label_smoothing;
+  // Rows with this label do not count; nor do elements with this probability in kSigmoid.
+  int64_t ignore_index;
+  int64_t background;  // label of rows without a positive class, kSigmoid only
+  // kNone: [outer, classes, inner] in kSigmoid and [outer, inner] in kSoftmax. Otherwise a scalar.
+  void* loss;
+  DType loss_dtype;
+  // kSoftmax: T[3, rows], what backward needs; null if there will be no backward.
+  // With labels but without smoothing: the largest logit, the factor of exp(x - largest) in the
+  // gradient, and the gradient of the label. Otherwise: SoftmaxState, and the sum over the classes
+  // of what multiplies [j = t] in the gradient.
+  void* saved;
+  // kMean: what the sum was divided by, a scalar: the number of elements (kSigmoid) or rows
+  // (kSoftmax with probabilities) that count, or the sum of their labels' weights.
+  double* normalizer;
+  // Null, or [2 * classes + 1], 0 on entry: rows of every label (elements with a probability above
+  // 1/2), their p_t in units of 2^-32, and rows (elements) that are ignored. With probabilities
+  // kSoftmax takes the class of the largest for the label.
+  int64_t* stats;
+  // Backward: as the loss.
+  const void* grad_output;
+  DType grad_output_dtype;
+  void* grad_input;  // [outer, classes, inner]; kernels for CPUs also write it with the loss
 };
 
 }  // namespace fastremedy

@@ -22,4 +22,10 @@ void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges);
 void batch_norm_relu_forward(const BatchNormForwardArgs& args);
 void batch_norm_relu_backward(const BatchNormBackwardArgs& args);
 
+// Position of the first label that is no class, -1 if there is none. Reads no element.
+int64_t find_bad_label(const FocalLossArgs& args);
+// With grad_input it also writes the gradient of the loss itself, in the same pass.
+void focal_loss_forward(const FocalLossArgs& args);
+void focal_loss_backward(const FocalLossArgs& args);
+
 }  // namespace fastremedy::cpu

@@ -47,6 +47,10 @@ struct Lanes {
     low += other.low;
     high += other.high;
   }
+  inline __attribute__((always_inline)) void raise_to(const Lanes& other) {
+    low = low > other.low ? low : other.low;
+    high = high > other.high ? high : other.high;
+  }
   inline __attribute__((always_inline)) void add_squares(const Lanes& other) {
     low += other.low * other.low;
     high += other.high * other.high;

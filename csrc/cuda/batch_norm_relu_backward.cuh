@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kNormalizeBlockSize, kNormalizeBlocks)
   for (int c = threadIdx.x; c < tile.num_channels(); c += kNormalizeBlockSize) {
     const int64_t channel = tile.first_channel() + c;
     const auto statistics = load_statistics<T>(args.saved, channels, channel);
-    const T weight = static_cast<T>(get(args.weight, channel, 1));
+    const T weight = get<T>(args.weight, channel, 1);
     normalizers[c] = load_normalizer(statistics, args.weight, args.bias, channel);
     if (args.training && args.grad_input) {
       const double count = is_finish ? totals[2 * channels] : static_cast<double>(shape.count());

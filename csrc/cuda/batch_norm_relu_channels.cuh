@@ -1,45 +1,11 @@
-// Values of channels in memory, and the activation.
+// Statistics of channels in memory, and the activation.
 #pragma once
 
 #include <type_traits>
 
-#include "../core/arguments.h"
-#include "runtime.cuh"
+#include "channel_values.cuh"
 
 namespace fastremedy::cuda {
-
-FASTREMEDY_DEVICE double get(const ChannelValues& values, int64_t channel, double otherwise) {
-  if (values.data == nullptr) return otherwise;
-  switch (values.dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(values.data)[channel];
-    case DType::kFloat64:
-      return static_cast<const double*>(values.data)[channel];
-    case DType::kFloat16:
-      return float16_to_float(static_cast<const uint16_t*>(values.data)[channel]);
-    case DType::kBFloat16:
-      return bfloat16_to_float(static_cast<const uint16_t*>(values.data)[channel]);
-  }
-  return otherwise;
-}
-
-FASTREMEDY_DEVICE void set(const ChannelValues& values, int64_t channel, double value) {
-  const auto narrow = static_cast<float>(value);
-  switch (values.dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(values.data)[channel] = narrow;
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(values.data)[channel] = value;
-      break;
-    case DType::kFloat16:
-      static_cast<uint16_t*>(values.data)[channel] = float_to_float16(narrow);
-      break;
-    case DType::kBFloat16:
-      static_cast<uint16_t*>(values.data)[channel] = float_to_bfloat16(narrow);
-      break;
-  }
-}
 
 template <class T>
 FASTREMEDY_DEVICE ChannelStatistics<T> load_statistics(const void* saved, int64_t channels,
@@ -62,8 +28,7 @@ template <class T>
 FASTREMEDY_DEVICE Normalizer<T> load_normalizer(const ChannelStatistics<T>& statistics,
                                                 const ChannelValues& weight,
                                                 const ChannelValues& bias, int64_t channel) {
-  return normalizer(statistics, static_cast<T>(get(weight, channel, 1)),
-                    static_cast<T>(get(bias, channel, 0)));
+  return normalizer(statistics, get<T>(weight, channel, 1), get<T>(bias, channel, 0));
 }
 
 // use(activation) with a constant of the compiler: one decision for all elements of a lane. Some

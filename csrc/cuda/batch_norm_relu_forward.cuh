@@ -57,7 +57,7 @@ FASTREMEDY_DEVICE void finish_statistics(const BatchNormForwardArgs& args, int64
       args.cumulative ? 1 / (static_cast<double>(*args.num_batches_tracked) + 1) : args.momentum;
   const auto update = [&](const ChannelValues& running, double value) {
     if (running.data == nullptr) return;
-    set(running, channel, moving_average(get(running, channel, 0), value, momentum));
+    set(running, channel, moving_average(get<double>(running, channel, 0), value, momentum));
   };
   update(args.running_mean, pilot + sum / count);
   update(args.running_var, unbiased(static_cast<double>(s.variance), count));
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kNormalizeBlockSize, kNormalizeBlocks)
     if (args.training) {
       statistics = load_statistics<T>(args.saved, shape.channels, channel);
     } else {
-      statistics = channel_statistics<T>(1, get(args.running_mean, channel, 0), 0,
-                                         get(args.running_var, channel, 1), args.eps);
+      statistics = channel_statistics<T>(1, get<double>(args.running_mean, channel, 0), 0,
+                                         get<double>(args.running_var, channel, 1), args.eps);
       if (tile.split() == 0) store_statistics(args.saved, shape.channels, channel, statistics);
     }
     normalizers[c] = load_normalizer(statistics, args.weight, args.bias, channel);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "division.cuh"
 #include "launch.h"
 #include "vectors.cuh"
 
@@ -47,31 +48,6 @@ struct LaneType {
   }
 };
 
-// Divides by multiplication (Granlund & Montgomery, 1994): a division takes 20 instructions more,
-// and there is one for each lane.
-class Divisor {
- public:
-  Divisor() = default;
-  explicit Divisor(int64_t value) : value_(value) {
-    while (shift_ < 31 && uint64_t{1} << shift_ < static_cast<uint64_t>(value)) ++shift_;
-    multiplier_ =
-        static_cast<uint32_t>(((uint64_t{1} << shift_) - value) * (uint64_t{1} << 32) / value + 1);
-  }
-
-  FASTREMEDY_HD int64_t value() const { return value_; }
-  FASTREMEDY_HD int64_t quotient(int64_t n) const {
-    if ((n | value_) >> 31) return n / value_;
-    const auto narrow = static_cast<uint32_t>(n);
-    const auto high = static_cast<uint32_t>(static_cast<uint64_t>(narrow) * multiplier_ >> 32);
-    return (high + narrow) >> shift_;
-  }
-
- private:
-  int64_t value_ = 1;
-  uint32_t multiplier_ = 0;
-  int32_t shift_ = 0;
-};
-
 struct Tiling {
   int64_t num_tiles;
   int64_t num_splits;     // blocks of a tile
@@ -82,8 +58,6 @@ struct Tiling {
 
   FASTREMEDY_HD int32_t rows() const { return kNormalizeBlockSize / columns; }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Tiling make_tiling(const BatchNormShape& shape, int width, int max_columns) {
   const int64_t unit = width == 1 ? kWarpSize : 1;

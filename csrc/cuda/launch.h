@@ -48,6 +48,18 @@ int launch_batch_norm_relu_forward(const BatchNormForwardArgs& args,
 int launch_batch_norm_relu_backward(const BatchNormBackwardArgs& args,
                                     const BatchNormScratch& scratch, void* stream);
 
+// What launch_focal_loss_forward needs beside the tensors, if it sums up.
+struct FocalLossScratch {
+  uint32_t* counter;  // 0 before and after every launch
+  double* partials;   // [focal_loss_num_partials]
+};
+int64_t focal_loss_num_partials(const FocalLossShape& shape, FocalForm form);
+
+// One launch each. A label that is no class stops the kernel, as in torch.
+int launch_focal_loss_forward(const FocalLossArgs& args, const FocalLossScratch& scratch,
+                              void* stream);
+int launch_focal_loss_backward(const FocalLossArgs& args, void* stream);
+
 bool is_capturing(void* stream);
 
 const char* error_string(int code);

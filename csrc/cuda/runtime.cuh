@@ -9,11 +9,17 @@
 
 #include <cuda_runtime.h>
 
+#include <cassert>
+
 // A variable of the block: FASTREMEDY_SHARED(Type, name);
 #define FASTREMEDY_SHARED(Type, name) __shared__ Type name
 
 #define FASTREMEDY_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+
+// Stops the kernel, and the context with it, also where NDEBUG takes assert away.
+#define FASTREMEDY_DEVICE_ASSERT(condition) \
+  (condition) ? void() : __assert_fail(#condition, __FILE__, __LINE__, __func__)
 
 #endif
 

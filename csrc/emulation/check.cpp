@@ -39,6 +39,7 @@ int main() {
   check_clip_grad_norm();
   check_adamw();
   check_batch_norm_relu();
+  check_focal_loss();
   std::printf("%d failures\n", num_failures);
   return num_failures == 0 ? 0 : 1;
 }

@@ -23,6 +23,7 @@ namespace fastremedy::check {
 void check_clip_grad_norm();
 void check_adamw();
 void check_batch_norm_relu();
+void check_focal_loss();
 
 inline int num_failures = 0;
 

@@ -30,6 +30,10 @@
   static_cast<void>(stream),                                \
       ::fastremedy::emulation::launch(grid, block, [=] { kernel(__VA_ARGS__); })
 
+// The kernel goes on, as threads that are ahead of the failing one do on a device.
+#define FASTREMEDY_DEVICE_ASSERT(condition) \
+  if (!(condition)) ::fastremedy::emulation::has_failed_assert() = true
+
 // Beside the kernels rather than in the global namespace: nothing here may stand in for the real
 // CUDA runtime of the same process.
 namespace fastremedy::cuda {
@@ -113,7 +117,12 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorAssert = 710
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
@@ -123,7 +132,10 @@ struct Stream {
 };
 using cudaStream_t = const Stream*;
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// On a device the code of a failed assert comes with the next synchronisation, and stays.
+inline cudaError_t cudaGetLastError() {
+  return emulation::has_failed_assert().exchange(false) ? cudaErrorAssert : cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid argument";
 }

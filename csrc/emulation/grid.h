@@ -142,6 +142,11 @@ inline Thread*& current_thread() {
   return thread;
 }
 
+inline std::atomic<bool>& has_failed_assert() {
+  static std::atomic<bool> has_failed{false};
+  return has_failed;
+}
+
 // Every variable in shared memory has one offset, the same in all blocks, and a gap before the
 // next.
 inline size_t reserve_shared(size_t bytes) {

@@ -4,7 +4,7 @@
 
 #include <pybind11/stl.h>
 
-#include "../core/arguments.h"
+#include "arguments.h"
 #include "device.h"
 
 #ifndef FASTREMEDY_EMULATION
@@ -14,21 +14,6 @@
 namespace fastremedy::host {
 namespace {
 
-void* data_or_null(py::handle tensor, const char* name) {
-  return tensor.is_none() ? nullptr : data_of(require_tensor(tensor, name));
-}
-
-ChannelValues channel_values(py::handle tensor, const char* name) {
-  ChannelValues values{};
-  if (tensor.is_none()) return values;
-  const DLTensor view = require_tensor(tensor, name);
-  if (!dtype_of(view, &values.dtype)) {
-    throw py::type_error(std::string(name) + " must have a floating-point dtype");
-  }
-  values.data = data_of(view);
-  return values;
-}
-
 BatchNormShape shape_of(const DLTensor& input, bool channels_last) {
   BatchNormShape shape{};
   shape.batch = input.shape[0];
@@ -36,9 +21,7 @@ BatchNormShape shape_of(const DLTensor& input, bool channels_last) {
   shape.spatial = 1;
   for (int32_t d = 2; d < input.ndim; ++d) shape.spatial *= input.shape[d];
   shape.channels_last = channels_last;
-  if (!dtype_of(input, &shape.dtype)) {
-    throw py::type_error("input must have a floating-point dtype");
-  }
+  shape.dtype = floating_dtype_of(input, "input");
   return shape;
 }
 

@@ -5,6 +5,7 @@
 #include "batch_norm_relu.h"
 #include "clip_grad_norm.h"
 #include "device.h"
+#include "focal_loss.h"
 
 #ifdef FASTREMEDY_EMULATION
 #define FASTREMEDY_MODULE _emulation
@@ -28,4 +29,5 @@ PYBIND11_MODULE(FASTREMEDY_MODULE, module) {
   host::bind_clip_grad_norm(module);
   host::bind_adamw(module);
   host::bind_batch_norm_relu(module);
+  host::bind_focal_loss(module);
 }

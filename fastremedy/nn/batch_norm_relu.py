@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..functional import BatchNormStats, RawStats, batch_norm_relu_with_stats
+from ..functional.batch_norm_relu import BatchNormStats, RawStats, batch_norm_relu_with_stats
 from ..ops.batch_norm_relu import check_activation
 
 

@@ -18,6 +18,7 @@ from .batch_norm_relu import (
     other_dims,
     unpack_rows,
 )
+from .layouts import is_channels_last
 
 # input, residual, weight, bias, running_mean, running_var, num_batches_tracked
 ForwardTensors = tuple[
@@ -181,7 +182,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
 
     def grad_of(grad: Tensor, z: Tensor) -> Tensor:
         if mask is not None:
-            positive = unpack_rows(mask, input.shape, dispatch.is_channels_last(input))
+            positive = unpack_rows(mask, input.shape, is_channels_last(input))
         else:
             z = z if residual is None else z + residual.to(z.dtype)
             positive = is_positive(z, input.dtype)

@@ -13,32 +13,9 @@ from .. import _native, backends
 from . import batch_norm_relu as definition
 from .batch_norm_relu import ACTIVATIONS, BOTH, FINISH, REDUCE
 from .dispatch import triton_kernels, workspace
+from .layouts import is_channels_last, like
 
 STEM = "batch_norm_relu"
-
-
-def is_channels_last(input: Tensor) -> bool:
-    """Whether the elements of all channels at one place are neighbours ``[N, *, C]``."""
-    dim = input.dim()
-    if dim == 4:
-        return input.is_contiguous(memory_format=torch.channels_last)
-    if dim == 2:
-        return input.is_contiguous()
-    if dim == 5:
-        return input.is_contiguous(memory_format=torch.channels_last_3d)
-    return input.movedim(1, -1).is_contiguous()
-
-
-def with_kernel_layout(input: Tensor) -> Tensor:
-    """Return ``input`` ``[N, C, *]`` if kernels take it as it lies, else a contiguous copy."""
-    return input if input.is_contiguous() or is_channels_last(input) else input.contiguous()
-
-
-def like(tensor: Tensor, input: Tensor) -> Tensor:
-    """Return ``tensor`` with its elements in the order of ``input``; itself if they are."""
-    if tensor.stride() == input.stride():
-        return tensor
-    return torch.empty_like(input, dtype=tensor.dtype).copy_(tensor)
 
 
 class Options(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import batch_norm_relu_dispatch as dispatch
 from .batch_norm_relu import BOTH, FINISH, REDUCE
+from .layouts import is_channels_last, like, with_kernel_layout
 
 _library = torch.library.Library("fastremedy", "FRAGMENT")
 _library.define("batch_norm_relu_sums(Tensor input) -> Tensor")
@@ -39,7 +40,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _sums(input: Tensor) -> Tensor:
-    return dispatch.sums_of(dispatch.with_kernel_layout(input))
+    return dispatch.sums_of(with_kernel_layout(input))
 
 
 def _fake_sums(input: Tensor) -> Tensor:
@@ -63,10 +64,10 @@ def _forward(
     wants_dead: bool = False,
     sums: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    input = dispatch.with_kernel_layout(input)
+    input = with_kernel_layout(input)
     result = dispatch.forward(
         input,
-        None if residual is None else dispatch.like(residual, input),
+        None if residual is None else like(residual, input),
         weight,
         bias,
         running_mean,
@@ -99,10 +100,8 @@ def _fake_forward(
     wants_dead: bool = False,
     sums: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    input = dispatch.with_kernel_layout(input)
-    saved, mask, dead = dispatch.new_results(
-        input, dispatch.is_channels_last(input), wants_mask, wants_dead
-    )
+    input = with_kernel_layout(input)
+    saved, mask, dead = dispatch.new_results(input, is_channels_last(input), wants_mask, wants_dead)
     mask, dead = (_or_empty(tensor, input) for tensor in (mask, dead))
     return torch.empty_like(input), saved, mask, dead
 

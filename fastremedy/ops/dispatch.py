@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _native, backends
@@ -16,7 +17,35 @@ from . import clip_grad_norm as definition
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
 _workspaces: dict[tuple[torch.device, int, str], Tensor] = {}
+
+
+def is_plain(input: Tensor, others: Sequence[Tensor | None] = ()) -> bool:
+    """Whether nothing but memory is behind the tensors, and nobody transforms the call."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.overrides.has_torch_function_variadic(input, *others)
+        or input.layout != torch.strided
+        or is_traceable_wrapper_subclass(input)
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether a tracer, whose tensors are of other types, wants to see an operator."""
+    return torch.compiler.is_compiling() or type(input) not in _PLAIN_TYPES
+
+
+def has_kernels(stem: str, device_type: str) -> bool:
+    """Whether anything but torch would run an operator."""
+    return backends.active(stem, device_type) != "torch"
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler for it.
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_dense(tensor: Tensor) -> bool:

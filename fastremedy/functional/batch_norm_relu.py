@@ -1,4 +1,4 @@
-"""Functions, as in :mod:`torch.nn.functional`."""
+"""Batch normalisation with residual and activation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import backends
-from .ops import batch_norm_relu_dispatch as dispatch
-from .ops.batch_norm_relu import SIGN_IS_ENOUGH, activate, check_activation, composite, other_dims
-from .ops.batch_norm_relu_autograd import BatchNormReLU, run_forward
-from .ops.dispatch import KERNEL_DTYPES
-
-__all__ = ["BatchNormStats", "batch_norm_relu"]
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+from .. import backends
+from ..ops import batch_norm_relu_dispatch as dispatch
+from ..ops.batch_norm_relu import SIGN_IS_ENOUGH, activate, check_activation, composite, other_dims
+from ..ops.batch_norm_relu_autograd import BatchNormReLU, run_forward
+from ..ops.dispatch import KERNEL_DTYPES, has_kernels, is_plain, is_traced
+from ..ops.layouts import like, with_kernel_layout
 
 
 class BatchNormStats(NamedTuple):
@@ -157,11 +152,13 @@ def batch_norm_relu_with_stats(
                 f"floating-point dtype and vectors [C] on their device, got {_describe(input)} and "
                 f"{', '.join(_describe(v) for v in vectors if v is not None)}"
             )
-    elif torch.compiler.is_compiling() or type(input) not in _PLAIN_TYPES:
+    elif is_traced(input):
         # Tracers, whose tensors are of other types, are to see an operator; what is exported has to
         # run without this package.
-        has_kernels = _has_kernels(input.device.type) and not torch.compiler.is_exporting()
-        backend = None if has_kernels else "torch"
+        sees_kernels = (
+            has_kernels(dispatch.STEM, input.device.type) and not torch.compiler.is_exporting()
+        )
+        backend = None if sees_kernels else "torch"
         if residual is input:  # Dynamo's functions take no tensor twice
             residual = input.view_as(input)
     else:
@@ -200,9 +197,9 @@ def batch_norm_relu_with_stats(
         )
         output = activate(output + residual, activation, negative_slope)
         return output, _measure(input, output) if wants_stats else None
-    input = dispatch.with_kernel_layout(input)
+    input = with_kernel_layout(input)
     if residual is not None:
-        residual = dispatch.like(residual, input)
+        residual = like(residual, input)
     tensors = (input, residual, *vectors, num_batches_tracked)
     needs_grad = torch.is_grad_enabled() and any(
         [t.requires_grad for t in tensors if t is not None]
@@ -261,16 +258,7 @@ def _kernels_take(
     input: Tensor, vectors: tuple[Tensor | None, ...], num_batches_tracked: Tensor | None
 ) -> bool:
     """Whether there are kernels for these tensors; torch takes others, or tells what is wrong."""
-    if (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.overrides.has_torch_function_variadic(input, *vectors)
-        or input.dtype not in KERNEL_DTYPES
-        or input.dim() < 2
-        or input.layout != torch.strided
-        or is_traceable_wrapper_subclass(input)
-        or torch._C._get_tracing_state() is not None
-    ):
+    if not is_plain(input, vectors) or input.dtype not in KERNEL_DTYPES or input.dim() < 2:
         return False
     channels, device = input.size(1), input.device
     for vector in vectors:
@@ -297,11 +285,3 @@ def _is_valid(
     if training:
         return eps > 0.0 and input.numel() > input.size(1) and has_mean == has_var
     return eps >= 0.0 and has_mean and has_var and input.numel() > 0
-
-
-def _has_kernels(device_type: str) -> bool:
-    return backends.active(dispatch.STEM, device_type) != "torch"
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler for it.
-_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]

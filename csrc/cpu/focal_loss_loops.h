@@ -1,0 +1,83 @@
+// Loops of the focal loss over blocks in L1, without memory movement.
+#pragma once
+
+#include "../core/arguments.h"
+#include "simd.h"
+
+namespace fastremedy::cpu {
+
+// Weights of the elements of a block, one array for each member of FocalWeights.
+template <class T>
+struct ElementWeights {
+  const T *positive, *negative, *pos_weight;
+
+  FocalWeights<T> operator[](int64_t i) const { return {positive[i], negative[i], pos_weight[i]}; }
+};
+
+// The same for all elements.
+template <class T>
+struct UniformWeights {
+  FocalWeights<T> weights;
+
+  FocalWeights<T> operator[](int64_t) const { return weights; }
+};
+
+template <GammaKind kKind, class T, class Weights>
+FASTREMEDY_CLONES void focal_of_hard_targets(const T* __restrict x, const T* __restrict targets,
+                                             int64_t n, Weights weights, Gamma<T> gamma, T scale,
+                                             T* __restrict losses, T* __restrict grads) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto of_x = focal_of_hard_target<kKind>(x[i], targets[i], weights[i], gamma);
+    losses[i] = of_x.loss;
+    grads[i] = of_x.slope * scale;
+  }
+}
+
+template <GammaKind kKind, class T, class Weights>
+FASTREMEDY_CLONES void focal_of_soft_targets(const T* __restrict x, const T* __restrict targets,
+                                             int64_t n, Weights weights, Gamma<T> gamma, T scale,
+                                             T* __restrict losses, T* __restrict grads) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto of_x = focal_of_soft_target<kKind>(x[i], targets[i], weights[i], gamma);
+    losses[i] = of_x.loss;
+    grads[i] = of_x.slope * scale;
+  }
+}
+
+template <class T>
+FASTREMEDY_CLONES bool are_hard(const T* __restrict targets, int64_t n) {
+  int32_t num_soft = 0;
+  for (int64_t i = 0; i < n; ++i) num_soft += !is_hard(targets[i]);
+  return num_soft == 0;
+}
+
+template <class T>
+FASTREMEDY_CLONES int64_t count_equal(const T* __restrict values, int64_t n, T wanted) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += values[i] == wanted;
+  return count;
+}
+
+template <class T>
+FASTREMEDY_CLONES void smooth_all(const T* __restrict targets, int64_t n, T smoothing, T share,
+                                  T* __restrict smoothed) {
+  for (int64_t i = 0; i < n; ++i) smoothed[i] = smooth(targets[i], smoothing, share);
+}
+
+template <class T>
+FASTREMEDY_CLONES void multiply(T* __restrict values, const T* __restrict factors, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] *= factors[i];
+}
+
+// Lane by lane: at most kBlockSize / kNumLanes additions follow each other.
+template <class T>
+FASTREMEDY_CLONES T sum_block(const T* __restrict values, int64_t n) {
+  Lanes<T> sums;
+  int64_t i = 0;
+  for (; i + kNumLanes<T> <= n; i += kNumLanes<T>) sums.add(Lanes<T>::load(values + i));
+  T rest = 0;
+  for (; i < n; ++i) rest += values[i];
+  return sum_of(sums) + rest;
+}
+
+}  // namespace fastremedy::cpu
