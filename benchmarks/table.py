@@ -23,6 +23,7 @@ OPERATIONS = {
     "adamw": "clip + AdamW step",
     "batch_norm_relu": "`BatchNormReLU2d`",
     "clip_grad_norm": "`clip_`",
+    "focal_loss": "focal loss",
 }
 
 

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from torch import Tensor, nn
 from . import backends
 from .nn import fuse_
 from .optim import AdamW
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
@@ -45,32 +48,56 @@ STOCK_LABEL = "stock: clip_grad_norm_, AdamW(fused=True)"
 OUR_LABEL = "fastremedy: fuse_(model), AdamW(max_grad_norm=1.0)"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m fastremedy demo``."""
+def add_arguments(parser: argparse.ArgumentParser, epochs: int = 8, out: str = "demo.png") -> None:
+    """Add the options of ``python -m fastremedy demo``, or another example's with its defaults."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the data (8)")
+    parser.add_argument(
+        "--epochs", type=positive, default=epochs, help=f"passes over the data ({epochs})"
+    )
     parser.add_argument("--device", choices=devices, default=devices[0], help=f"({devices[0]})")
     parser.add_argument("--backend", choices=backends.NAMES, help="(the fastest that can run)")
-    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture (demo.png)")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"picture ({out})")
+
+
+def positive(text: str) -> int:
+    """Return the number that an option is given as."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, print the comparison, draw it; 1 if the curves differ by more than rounding."""
+    return run_example(options, "adamw", compare)
+
+
+def run_example(
+    options: argparse.Namespace,
+    stem: str,
+    example: Callable[[argparse.Namespace, torch.device, str], int],
+) -> int:
+    """Return the example's status on the device and backend of the options; 2 if one is missing."""
     device = torch.device(options.device)
     try:
         with backends.use(options.backend):
-            backend = backends.active("adamw", device)
+            backend = backends.active(stem, device)
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     try:
         with backends.use(backend):
-            comparison = train(load_digits(device), options.epochs, device)
-        print_comparison(comparison, backend, device)
-        draw(comparison, backend, options.out)
+            return example(options, device, backend)
     except ModuleNotFoundError as error:
         print(f"{error}: pip install 'fastremedy[demo]'", file=sys.stderr)
         return 2
+
+
+def compare(options: argparse.Namespace, device: torch.device, backend: str) -> int:
+    """Run the demo."""
+    comparison = train(load_digits(device), options.epochs, device)
+    print_comparison(comparison, backend, device)
+    draw(comparison, backend, options.out)
     print(f"picture: {options.out.resolve()}")
     if not comparison.is_rounding:
         print("the loss curves differ by more than rounding: please report this", file=sys.stderr)
@@ -121,7 +148,7 @@ class Block(nn.Module):
         return input + self.scale * branch
 
 
-def network(depth: int = 24, channels: int = 16) -> nn.Module:
+def network(depth: int = 24, channels: int = 16, num_classes: int = 10) -> nn.Module:
     """Return a residual net: 173 parameter tensors, 115 thousand elements."""
     return nn.Sequential(
         nn.Conv2d(1, channels, 3, padding=1, bias=False),
@@ -130,7 +157,7 @@ def network(depth: int = 24, channels: int = 16) -> nn.Module:
         nn.ReLU(),
         nn.AvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(channels * 16, 10),
+        nn.Linear(channels * 16, num_classes),
     )
 
 
@@ -169,14 +196,28 @@ class Run:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: more would wait for each other, the tensors are so small."""
+def exact() -> Iterator[None]:
+    """Compute the same every time, and on one thread: more would wait for each other."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+def progress_bar(text: str) -> Progress:
+    """Return a progress bar that ends in ``text``, a format of the fields of its task."""
+    from rich import progress
+
+    return progress.Progress(
+        "training",
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn(text),
+    )
 
 
 @contextlib.contextmanager
@@ -262,14 +303,6 @@ def median(ms: list[float]) -> float:
 
 def train(data: Data, epochs: int, device: torch.device) -> Comparison:
     """Train the runs side by side, with a progress bar."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     num_batches = len(data.train_images) // BATCH_SIZE
     num_steps = epochs * num_batches
 
@@ -284,15 +317,8 @@ def train(data: Data, epochs: int, device: torch.device) -> Comparison:
     )
     runs = (comparison.stock, comparison.ours, comparison.yardstick)
     shuffle = torch.Generator().manual_seed(SEED)
-    columns = (
-        "training",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}, differs by {task.fields[difference]:.1e}"),
-    )
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with exact, one_thread(), Progress(*columns) as progress:
+    text = "loss {task.fields[loss]:.4f}, differs by {task.fields[difference]:.1e}"
+    with exact(), progress_bar(text) as progress:
         task = progress.add_task("training", total=num_steps, loss=math.nan, difference=0.0)
         for _ in range(epochs):
             order = torch.randperm(len(data.train_images), generator=shuffle).to(device)

@@ -53,6 +53,7 @@ struct BatchNormShape {
   FASTREMEDY_HD int64_t num_rows() const { return batch * (channels_last ? spatial : channels); }
   FASTREMEDY_HD int64_t row_size() const { return channels_last ? channels : spatial; }
   FASTREMEDY_HD int64_t mask_row_size() const { return (row_size() + 7) / 8; }  // bytes
+  FASTREMEDY_HD int64_t bytes() const { return batch * channels * spatial * element_size(dtype); }
 };
 
 // Where a call begins and ends. Ranks of a group sum up between kReduce and kFinish.
@@ -116,6 +117,7 @@ struct FocalLossShape {
 
   FASTREMEDY_HD int64_t num_rows() const { return outer * inner; }
   FASTREMEDY_HD int64_t numel() const { return outer * classes * inner; }
+  FASTREMEDY_HD int64_t bytes() const { return numel() * element_size(dtype); }
 };
 
 // What both directions get. T is double if shape.dtype is, float otherwise. There is at least one

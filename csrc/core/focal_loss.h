@@ -68,7 +68,7 @@ FASTREMEDY_HD T power(T q, T whole, T part, const Gamma<T>& gamma) {
   T low = ::fma(gamma.value, whole, -a) + gamma.low * whole;
   low += (a - (sum - rest)) + (b - rest);
   // Large products have a large `low`, and an exponential of 0.
-  return exp_of(-sum, sum > T(100) ? T(0) : -low);
+  return exp_of_negative(sum, sum > T(100) ? T(0) : -low);
 }
 
 // A loss and its derivative in the logit.
@@ -85,20 +85,20 @@ struct LogitTerms {
 
 template <class T>
 FASTREMEDY_HD LogitTerms<T> logit_terms(T x) {
-  const T e = exp_of(x > T(0) ? -x : x);
-  return {e, T(1) / (T(1) + e), log1p_of(e)};
+  const T e = exp_of_negative(std::fabs(x));
+  return {e, reciprocal(T(1) + e), log1p_of(e)};
 }
 
 // Of a logit u that should be low: the input where the target is 0, minus the input where it is 1.
 template <GammaKind kKind, class T>
-FASTREMEDY_HD LossAndSlope<T> focal_of_logit(T u, const Gamma<T>& gamma) {
+FASTREMEDY_HD LossAndSlope<T> focal_of_logit(T u, T weight, const Gamma<T>& gamma) {
   const LogitTerms<T> terms = logit_terms(u);
   const T small = terms.e * terms.r;
   const bool is_wrong = u > T(0);
   const T q = is_wrong ? terms.r : small;
   const T p = is_wrong ? small : terms.r;
   const T ce = (is_wrong ? u : T(0)) + terms.l;
-  const T factor = power<kKind>(q, is_wrong ? T(0) : -u, terms.l, gamma);
+  const T factor = weight * power<kKind>(q, is_wrong ? T(0) : -u, terms.l, gamma);
   return {factor * ce, factor * (gamma.value * p * ce + q)};
 }
 
@@ -136,9 +136,9 @@ template <GammaKind kKind, class T>
 FASTREMEDY_HD LossAndSlope<T> focal_of_hard_target(T x, T target, const FocalWeights<T>& weights,
                                                    const Gamma<T>& gamma) {
   const bool is_positive = target > T(0.5);
-  const LossAndSlope<T> of_u = focal_of_logit<kKind>(is_positive ? -x : x, gamma);
-  const T factor = is_positive ? weights.positive * weights.pos_weight : weights.negative;
-  return {factor * of_u.loss, (is_positive ? -factor : factor) * of_u.slope};
+  const T weight = is_positive ? weights.positive * weights.pos_weight : weights.negative;
+  const LossAndSlope<T> of_u = focal_of_logit<kKind>(is_positive ? -x : x, weight, gamma);
+  return {of_u.loss, is_positive ? -of_u.slope : of_u.slope};
 }
 
 // Any target in [0, 1]: p_t = t p + (1 - t) (1 - p).
@@ -193,7 +193,7 @@ FASTREMEDY_HD SoftmaxState<T> merge(const SoftmaxState<T>& a, const SoftmaxState
   const T high_rest = a_is_higher ? a.rest : b.rest, low_rest = a_is_higher ? b.rest : a.rest;
   // An empty part has no rest, unless NaN came before.
   if (low == -HUGE_VAL) return {high, high_rest + low_rest};
-  return {high, high_rest + (low_rest + T(1)) * exp_of(low - high)};
+  return {high, high_rest + (low_rest + T(1)) * exp_of_negative(high - low)};
 }
 
 // One class of a softmax.
@@ -205,7 +205,7 @@ struct ClassTerms {
 template <class T>
 FASTREMEDY_HD ClassTerms<T> class_terms(T x, const SoftmaxState<T>& state, T log1p_rest) {
   const T total = T(1) + state.rest;
-  const T p = exp_of(x - state.max) / total;
+  const T p = exp_of_negative(state.max - x) / total;
   // Only the largest can have p above 1/2.
   return {p, x == state.max ? state.rest / total : T(1) - p, (state.max - x) + log1p_rest};
 }

@@ -2,6 +2,7 @@
 #include "../core/batch_norm_relu.h"
 #include "batch_norm_relu_pass.h"
 #include "launch.h"
+#include "pages.h"
 
 namespace fastremedy::cpu {
 namespace {
@@ -202,6 +203,12 @@ class Backward : Pass<T> {
 
 }  // namespace
 
-void batch_norm_relu_backward(const BatchNormBackwardArgs& args) { run_pass<Backward>(args); }
+void batch_norm_relu_backward(const BatchNormBackwardArgs& args) {
+  if (args.phase != BatchNormPhase::kReduce) {
+    prefer_huge_pages(args.grad_input, args.shape.bytes());
+    prefer_huge_pages(args.grad_residual, args.shape.bytes());
+  }
+  run_pass<Backward>(args);
+}
 
 }  // namespace fastremedy::cpu

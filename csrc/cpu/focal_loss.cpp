@@ -1,29 +1,44 @@
 // Focal loss: the entries, and what has to be known before the pass over the elements.
 #include "focal_loss_pass.h"
 #include "launch.h"
+#include "pages.h"
 
 namespace fastremedy::cpu {
 namespace {
 
-// Rows that count, and the sum of their weights.
+FASTREMEDY_CLONES int64_t count_labels(const int64_t* __restrict labels, int64_t n, int64_t label) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += labels[i] == label;
+  return count;
+}
+
+FASTREMEDY_CLONES bool are_classes(const int64_t* __restrict labels, int64_t n, uint64_t classes,
+                                   int64_t ignore_index, int64_t background) {
+  int64_t num_bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool is_class = static_cast<uint64_t>(labels[i]) < classes;
+    num_bad += !(is_class | (labels[i] == ignore_index) | (labels[i] == background));
+  }
+  return num_bad == 0;
+}
+
+// Rows that do not count, and the weight of the others.
 struct Labels {
   int64_t num_ignored = 0;
   double weight = 0;
 };
 
 Labels survey_labels(const FocalLossArgs& args) {
-  Labels labels;
   const int64_t num_rows = args.shape.num_rows();
-  for (int64_t row = 0; row < num_rows; ++row) {
-    labels.num_ignored += args.labels[row] == args.ignore_index;
-  }
-  const bool is_weighted = args.form == FocalForm::kSoftmax && args.weight.data;
+  Labels labels;
+  labels.num_ignored = count_labels(args.labels, num_rows, args.ignore_index);
   labels.weight = static_cast<double>(num_rows - labels.num_ignored);
-  if (!is_weighted) return labels;
-  labels.weight = 0;
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const int64_t label = args.labels[row];
-    if (label != args.ignore_index) labels.weight += value_of(args.weight, label, 1);
+  if (args.form == FocalForm::kSoftmax && args.weight.data) {
+    labels.weight = 0;
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const int64_t label = args.labels[row];
+      if (label != args.ignore_index) labels.weight += value_of(args.weight, label, 1);
+    }
   }
   return labels;
 }
@@ -37,6 +52,7 @@ double normalizer_of(const FocalLossArgs& args, const Labels& labels) {
 }
 
 FocalSums run(const FocalLossArgs& args, const Labels& labels) {
+  prefer_huge_pages(args.grad_input, args.shape.bytes());
   return args.form == FocalForm::kSigmoid ? sigmoid_focal_loss(args, labels.num_ignored)
                                           : softmax_focal_loss(args);
 }
@@ -85,13 +101,13 @@ FocalSums add_up(const std::vector<FocalSums>& sums) {
 }
 
 int64_t find_bad_label(const FocalLossArgs& args) {
-  for (int64_t row = 0; row < args.shape.num_rows(); ++row) {
-    const int64_t label = args.labels[row];
-    const bool is_class = 0 <= label && label < args.shape.classes;
-    const bool is_background = args.form == FocalForm::kSigmoid && label == args.background;
-    if (!is_class && !is_background && label != args.ignore_index) return row;
-  }
-  return -1;
+  const int64_t num_rows = args.shape.num_rows();
+  const int64_t background = args.form == FocalForm::kSigmoid ? args.background : args.ignore_index;
+  const auto classes = static_cast<uint64_t>(args.shape.classes);
+  if (are_classes(args.labels, num_rows, classes, args.ignore_index, background)) return -1;
+  int64_t row = 0;
+  while (are_classes(args.labels + row, 1, classes, args.ignore_index, background)) ++row;
+  return row;
 }
 
 void focal_loss_forward(const FocalLossArgs& args) {

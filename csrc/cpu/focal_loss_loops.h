@@ -1,6 +1,8 @@
 // Loops of the focal loss over blocks in L1, without memory movement.
 #pragma once
 
+#include <type_traits>
+
 #include "../core/arguments.h"
 #include "simd.h"
 
@@ -44,11 +46,13 @@ FASTREMEDY_CLONES void focal_of_soft_targets(const T* __restrict x, const T* __r
   }
 }
 
+// Whether all targets are 0 or 1: there t - t * t has no bit.
 template <class T>
 FASTREMEDY_CLONES bool are_hard(const T* __restrict targets, int64_t n) {
-  int32_t num_soft = 0;
-  for (int64_t i = 0; i < n; ++i) num_soft += !is_hard(targets[i]);
-  return num_soft == 0;
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  Bits bits = 0;
+  for (int64_t i = 0; i < n; ++i) bits |= bit_cast<Bits>(targets[i] - targets[i] * targets[i]);
+  return bits == 0;
 }
 
 template <class T>
@@ -69,15 +73,21 @@ FASTREMEDY_CLONES void multiply(T* __restrict values, const T* __restrict factor
   for (int64_t i = 0; i < n; ++i) values[i] *= factors[i];
 }
 
-// Lane by lane: at most kBlockSize / kNumLanes additions follow each other.
+// Four vectors of lanes, so that additions need not wait for each other; at most 16 follow.
 template <class T>
 FASTREMEDY_CLONES T sum_block(const T* __restrict values, int64_t n) {
-  Lanes<T> sums;
+  Lanes<T> sums[4];
   int64_t i = 0;
-  for (; i + kNumLanes<T> <= n; i += kNumLanes<T>) sums.add(Lanes<T>::load(values + i));
+  for (; i + 4 * kNumLanes<T> <= n; i += 4 * kNumLanes<T>) {
+    for (int64_t k = 0; k < 4; ++k) sums[k].add(Lanes<T>::load(values + i + k * kNumLanes<T>));
+  }
+  for (; i + kNumLanes<T> <= n; i += kNumLanes<T>) sums[0].add(Lanes<T>::load(values + i));
   T rest = 0;
   for (; i < n; ++i) rest += values[i];
-  return sum_of(sums) + rest;
+  sums[0].add(sums[1]);
+  sums[2].add(sums[3]);
+  sums[0].add(sums[2]);
+  return sum_of(sums[0]) + rest;
 }
 
 }  // namespace fastremedy::cpu

@@ -36,6 +36,7 @@ class SigmoidPass {
         shape_(args.shape),
         weights_(weights),
         has_ignored_labels_(has_ignored_labels),
+        is_ignored_soft_(!is_hard(static_cast<T>(args.ignore_index))),
         is_elementwise_(args.reduction == Reduction::kNone),
         gamma_(args.gamma),
         scale_(args.grad_input ? static_cast<T>(scale_of(args)) : T(1)),
@@ -53,9 +54,7 @@ class SigmoidPass {
   }
 
  private:
-  bool streams() const {
-    return shape_.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
-  }
+  bool streams() const { return shape_.bytes() >= kStreamedBytes; }
 
   void run_block(int64_t begin, int64_t n, FocalSums* sums) {
     const T* const x = input_.load(begin, n);
@@ -64,9 +63,12 @@ class SigmoidPass {
     const T* const targets = args_.labels ? targets_ : probabilities_.load(begin, n);
     if (args_.labels) mark_labels(begin, n);
     if (args_.stats) count_positives(x, targets, begin, n);
-    compute(x, targets, begin, n, losses, grads);
+    const bool are_targets_hard = args_.labels || are_hard(targets, n);
+    compute(x, targets, are_targets_hard, begin, n, losses, grads);
     if (has_ignored_labels_) clear_ignored_labels(begin, n, losses, grads);
-    if (args_.probabilities) sums->num_ignored += clear_ignored(targets, n, losses, grads);
+    if (args_.probabilities && !(are_targets_hard && is_ignored_soft_)) {
+      sums->num_ignored += clear_ignored(targets, n, losses, grads);
+    }
     if (!loss_.is_null()) {
       loss_.store(n);
     } else if (args_.loss) {
@@ -128,12 +130,13 @@ class SigmoidPass {
     }
   }
 
-  void compute(const T* x, const T* targets, int64_t begin, int64_t n, T* losses, T* grads) {
+  void compute(const T* x, const T* targets, bool are_targets_hard, int64_t begin, int64_t n,
+               T* losses, T* grads) {
     if (args_.label_smoothing != 0) {
       smooth_all(targets, n, static_cast<T>(args_.label_smoothing), T(0.5), smoothed_);
       targets = smoothed_;
     }
-    const bool is_soft = args_.label_smoothing != 0 || (!args_.labels && !are_hard(targets, n));
+    const bool is_soft = args_.label_smoothing != 0 || !are_targets_hard;
     const auto compute_with = [&](auto weights) {
       with_gamma_kind(args_.gamma, [&](auto kind) {
         constexpr GammaKind kKind = decltype(kind)::value;
@@ -201,6 +204,7 @@ class SigmoidPass {
   const FocalLossShape& shape_;
   const ClassWeights<T>& weights_;
   const bool has_ignored_labels_;
+  const bool is_ignored_soft_;
   const bool is_elementwise_;
   const Gamma<T> gamma_;
   const T scale_;

@@ -30,7 +30,7 @@ FASTREMEDY_CLONES T largest(const T* __restrict x, int64_t n) {
 
 template <class T>
 FASTREMEDY_CLONES void exponentials(const T* __restrict x, int64_t n, T max, T* __restrict e) {
-  for (int64_t i = 0; i < n; ++i) e[i] = exp_of(x[i] - max);
+  for (int64_t i = 0; i < n; ++i) e[i] = exp_of_negative(max - x[i]);
 }
 
 template <class T>
@@ -109,7 +109,7 @@ class Rows {
       : data_(const_cast<void*>(data)),
         dtype_(dtype),
         shape_(shape),
-        streams_(shape.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes),
+        streams_(shape.bytes() >= kStreamedBytes),
         copy_(data ? max_rows * shape.classes : 0) {}
 
   // Memory as it lies where it can be: it must not be written.
