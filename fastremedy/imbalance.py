@@ -5,14 +5,18 @@ The task is one question about the 1797 handwritten digits that come with scikit
 stays as it is, 40 of 359. Four losses train the same network on the same images, from the same
 weights and in the same order: cross entropy and focal loss, without and with class-balanced
 weights, because either cure can be taken without the other. ``gamma`` and ``beta`` are the usual
-ones of the papers (Lin et al., 2017; Cui et al., 2019) and were not tuned, neither was anything
-else on the held-out images. Seeds change the 13 images, the weights and the order.
+ones of the papers (Lin et al., 2017; Cui et al., 2019), never varied. Seeds change the 13 images,
+the weights and the order.
 
-What to expect with the options left as they are: cross entropy says "other" nearly always, focal
-loss finds somewhat more, class-balanced weights most; on top of the weights focal loss adds nothing
-here. Average precision, which asks for no threshold, says what the cure costs and where the ailment
-sits: it is no lower with cross entropy, whose network ranks the rare digits above the others but
-does not give them a probability of 1/2.
+What to expect with the options left as they are: cross entropy finds next to nothing, focal loss a
+fifth, class-balanced weights three quarters; on top of the weights focal loss adds nothing here.
+The price is average precision, which depends on no threshold: it is highest with cross entropy,
+whose network ranks the rare digits above the others but does not give them a probability of 1/2.
+
+How much there is to cure depends on the task and on the network, which is small to be quick. Recall
+with cross entropy, focal loss, and the weights without and with it was 22, 35, 63 and 61 % with
+twice the blocks (3 seeds); there, asked which of ten digits it is, 73, 83, 91 and 92 %. Time cures
+as well: after four times as many epochs of the small network (2 seeds) 54, 50, 63 and 64 %.
 """
 
 from __future__ import annotations
@@ -27,12 +31,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import demo
 from .demo import (
     BATCH_SIZE,
     LEARNING_RATE,
     MAX_GRAD_NORM,
     Data,
-    add_arguments as add_example_arguments,
     exact,
     load_digits,
     network,
@@ -78,7 +82,7 @@ LOSSES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m fastremedy imbalance``."""
-    add_example_arguments(parser, epochs=16, out="imbalance.png")
+    demo.add_arguments(parser, epochs=16, out="imbalance.png")
     parser.add_argument("--seeds", type=positive, default=5, help="trainings of each loss (5)")
     parser.add_argument(
         "--digit", type=int, choices=range(10), default=8, metavar="0-9", help="the rare one (8)"
@@ -95,7 +99,7 @@ def compare(options: argparse.Namespace, device: torch.device, backend: str) -> 
     data = load_digits(device)
     trainings = train_all(data, options.digit, options.epochs, options.seeds)
     title = (
-        f"is it digit {options.digit}? {options.seeds} x {options.epochs} epochs on {device}, "
+        f"is it digit {options.digit}? epochs {options.epochs}, seeds {options.seeds}, {device}, "
         f"backend {backend}"
     )
     print_trainings(trainings, options.digit, title)
@@ -194,12 +198,12 @@ def train(training: Training, data: Data, loss: Loss, epochs: int, seed: int) ->
 
 
 def spread(values: list[float | None]) -> str:
-    """Return mean and standard deviation over seeds as text, without seeds that have no value."""
-    known = [value for value in values if value is not None]
-    if not known:
+    """Return mean and standard deviation over seeds in percent; None is left out."""
+    percent = [100 * value for value in values if value is not None]
+    if not percent:
         return "none found"
-    text = f"{statistics.mean(known):.1%}"
-    return f"{text} ± {statistics.stdev(known) * 100:.1f}" if len(known) > 1 else text
+    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.1f}{deviation}"
 
 
 def print_trainings(trainings: Trainings, digit: int, title: str) -> None:
@@ -207,7 +211,8 @@ def print_trainings(trainings: Trainings, digit: int, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("loss", title=title)
+    table = Table(title=title)
+    table.add_column("percent", no_wrap=True)
     for heading in ("recall", "precision", "accuracy", "average precision"):
         table.add_column(heading, justify="right")
     for loss, of_loss in trainings.items():
@@ -242,33 +247,30 @@ def draw(trainings: Trainings, digit: int, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     found, given = figure.subplots(1, 2)
     for loss, of_loss in trainings.items():
-        style: dict[str, Any] = {"color": loss.color, "linestyle": loss.line, "linewidth": 2}
+        style: dict[str, Any] = {"color": loss.color, "linestyle": loss.line, "marker": "."}
         recall = list(zip(*(training.recall for training in of_loss), strict=True))
         epochs = range(1, len(recall) + 1)
-        found.plot(epochs, [statistics.mean(r) for r in recall], label=loss.name, **style)
+        found.plot(epochs, [statistics.mean(r) for r in recall], **style)
         lowest, highest = [min(r) for r in recall], [max(r) for r in recall]
         found.fill_between(epochs, lowest, highest, color=loss.color, alpha=0.13, linewidth=0)
-        given.plot(epochs, mean_p_t(of_loss, RARE), **style)
+        given.plot(epochs, mean_p_t(of_loss, RARE), label=loss.name, **style)
     plain = trainings[LOSSES[0]]
     others = mean_p_t(plain, 0)
     label = f"other digits, {LOSSES[0].name}"
-    given.plot(epochs, others, color="black", linestyle=":", linewidth=2, label=label)
+    given.plot(epochs, others, color="black", linestyle=":", marker=".", label=label)
     found.set_title(f"recall: share of the held-out {digit}s that is found", loc="left")
     found.yaxis.set_major_formatter(PercentFormatter(1))
-    given.set_title(f"mean p_t of the {plain[0].counts[RARE]} training images", loc="left")
-    given.legend(frameon=False, loc="lower right")
+    given.set_title(f"mean p_t of the {plain[0].counts[RARE]} {digit}s in training", loc="left")
     for panel in (found, given):
         panel.set(xlabel="epoch", ylim=(-0.02, 1.02))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *found.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
-    figure.suptitle(
-        f"digit {digit} made 1:{RATIO}; mean of {len(plain)} seeds, band from lowest to highest"
-    )
+    lines = given.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(trainings) + 1, frameon=False)
+    seeds = f"{len(plain)} seeds: mean, and band from lowest to highest" if plain[1:] else "1 seed"
+    figure.suptitle(f"digit {digit} made 1:{RATIO}, {seeds}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

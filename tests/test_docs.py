@@ -87,6 +87,11 @@ PUBLIC = [
     "nn.BatchNormReLU3d",
     "nn.SyncBatchNormReLU",
     "nn.fuse_",
+    "functional.sigmoid_focal_loss",
+    "functional.focal_loss",
+    "nn.SigmoidFocalLoss",
+    "nn.FocalLoss",
+    "nn.class_balanced_alpha",
 ]
 
 

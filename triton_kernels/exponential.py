@@ -13,8 +13,11 @@ import triton.language as tl
 
 @triton.jit
 def _reduce_exp(x, low=None):
-    """Return ``scale = 2^n`` and ``exp(r) - 1``, where x + low is ``n ln 2 + r``, in float32."""
-    x = tl.where(x < -87.0, -87.0, x)
+    """Return ``scale = 2^n`` and ``exp(r) - 1``, where x + low is ``n ln 2 + r``, in float32.
+
+    Below -87.7 the scale is 0.
+    """
+    x = tl.where(x < -88.0, -88.0, x)
     x = tl.where(x > 88.0, 88.0, x)
     # Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
     shifted = x * 1.44269504 + 12582912.0
@@ -22,26 +25,24 @@ def _reduce_exp(x, low=None):
     r = (x - n * 0.693145752) - n * 1.42860677e-6  # ln 2 in two parts
     if low is not None:
         r += low
-    p = 1.98412698e-4 * r + 1.38888889e-3
-    p = p * r + 8.33333333e-3
-    p = p * r + 4.16666667e-2
-    p = p * r + 1.66666667e-1
-    p = p * r + 0.5
+    p = 1.38144671e-3 * r + 8.36878041e-3
+    p = p * r + 4.16683942e-2
+    p = p * r + 1.66665201e-1
+    p = p * r + 4.99999934e-1
     exponent = (shifted.to(tl.uint32, bitcast=True) + 127) << 23
     return exponent.to(tl.float32, bitcast=True), p * r * r + r
 
 
 @triton.jit
 def exp_of(x, low=None):
-    """Return exp(x + low), |low| < 0.1; in float32 it is 0 below -87 and infinity above 88."""
+    """Return exp(x + low), |low| < 0.1; in float32 it is 0 below -87.7 and infinity above 88."""
     if x.dtype.is_fp64():
         if low is not None:
             x += low
         return tl.exp(x)
     else:
         scale, expm1_r = _reduce_exp(x, low)
-        value = tl.where(x < -87.0, 0.0, scale * expm1_r + scale)
-        return tl.where(x > 88.0, float("inf"), value)
+        return tl.where(x > 88.0, float("inf"), scale * expm1_r + scale)
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def log1p_of(x):
         u = 1.0 + x
         return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
     else:
-        # The polynomial of least relative error, 5e-9.
+        # Without the division of csrc/core: the polynomial of least relative error, 5e-9.
         p = -3.24401190e-3 * x + 1.98513996e-2
         p = p * x - 5.69594130e-2
         p = p * x + 1.06036417e-1

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm_relu_blocks import INTERPRETED
-from .exponential import exp_of
+from .exponential import exp_of, log1p_of, log_of, log_parts
 from .rounding import round_nearest, widen
 
 FINISH_BLOCK = tl.constexpr(1024)  # partials that are added at a time
@@ -63,14 +63,158 @@ def power(q, whole, part, gamma, GAMMA: tl.constexpr):
         return exp_of(-total, tl.where(total > 100.0, 0.0, -low))
 
 
+# --- sigmoid: one element ---
+
+
 @triton.jit
-def load_class_values(pointer, classes, mask, OPMATH: tl.constexpr):
+def _focal_of_hard_target(x, is_positive, weights, gamma, GAMMA: tl.constexpr):
+    """Return loss and slope of a target that is 0 or 1."""
+    positive, negative, pos_weight = weights
+    u = tl.where(is_positive, -x, x)  # a logit that should be low
+    e = exp_of(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    log1p_e = log1p_of(e)
+    small = e * r
+    is_wrong = u > 0
+    q = tl.where(is_wrong, r, small)
+    p = tl.where(is_wrong, small, r)
+    ce = tl.where(is_wrong, u, 0.0) + log1p_e
+    factor = power(q, tl.where(is_wrong, 0.0, -u), log1p_e, gamma, GAMMA)
+    factor *= tl.where(is_positive, positive * pos_weight, negative)
+    # Without gamma there is no p * ce, which is 0 * inf for an infinite logit.
+    slope = factor * (q if GAMMA == "0" else gamma[0] * p * ce + q)
+    return factor * ce, tl.where(is_positive, -slope, slope)
+
+
+@triton.jit
+def _focal_of_soft_target(x, target, weights, gamma, GAMMA: tl.constexpr):
+    """Return loss and slope of any target in [0, 1]: ``p_t = t p + (1 - t) (1 - p)``."""
+    positive, negative, pos_weight = weights
+    magnitude = tl.abs(x)
+    e = exp_of(-magnitude)
+    r = 1.0 / (1.0 + e)
+    log1p_e = log1p_of(e)
+    small = e * r
+    is_high = x > 0
+    p = tl.where(is_high, r, small)
+    not_p = tl.where(is_high, small, r)
+    not_target = 1.0 - target
+    # 1 - p_t = r w, with w from the share of the target on the side of the logit and the rest.
+    with_logit = tl.where(is_high, target, not_target)
+    against = tl.where(is_high, not_target, target)
+    is_right = against == 0
+    w = tl.where(is_right, e, against + with_logit * e)
+    q = r * w
+    whole = tl.where(is_right, magnitude, -log_of(w))
+    ce = pos_weight * target * (log1p_e + tl.where(is_high, 0.0, -x))
+    ce += not_target * (log1p_e + tl.where(is_high, x, 0.0))
+    ce_slope = not_target * p - pos_weight * target * not_p
+    log_q_slope = (not_target - target) * r * tl.where(is_right, 1.0, e / w)
+    factor = power(q, whole, log1p_e, gamma, GAMMA)
+    factor *= positive * target + negative * not_target
+    return factor * ce, factor * (gamma[0] * log_q_slope * ce + ce_slope)
+
+
+@triton.jit
+def focal_of_target(
+    x, target, weights, smoothing, gamma, LABELS: tl.constexpr, SMOOTH: tl.constexpr, GAMMA
+):
+    """Return loss and slope of a target, which is bool for labels."""
+    if LABELS and not SMOOTH:
+        return _focal_of_hard_target(x, target, weights, gamma, GAMMA)
+    else:
+        if SMOOTH:
+            # Of two classes, the element's own and not that.
+            target = target.to(x.dtype) * (1.0 - smoothing) + 0.5 * smoothing
+        return _focal_of_soft_target(x, target, weights, gamma, GAMMA)
+
+
+# --- softmax: one class ---
+
+
+@triton.jit
+def log1p_rest_of(rest):
+    """Return log(1 + rest), relatively exact for small ones."""
+    if rest.dtype.is_fp64():
+        return log1p_of(rest)
+    else:
+        return tl.where(rest > 1.0, log_of(1.0 + rest), log1p_of(rest))
+
+
+@triton.jit
+def focal_of_class(x, top, rest, log1p_rest, gamma, GAMMA: tl.constexpr):
+    """Return p, 1 - p, the loss of a class, and what ``p_j - [j = t]`` is multiplied by."""
+    if rest.dtype.is_fp64():
+        share = 1.0 / (1.0 + rest)
+    else:
+        # A large gamma multiplies the error of q; the usual division has two units of it.
+        share = tl.div_rn(tl.full(rest.shape, 1.0, tl.float32), 1.0 + rest)
+    p = exp_of(x - top) * share
+    # Only the largest can have p above 1/2.
+    q = tl.where(x == top, rest * share, 1.0 - p)
+    ce = (top - x) + log1p_rest
+    if GAMMA == "0":
+        return p, q, ce, tl.full(ce.shape, 1.0, ce.dtype)
+    else:
+        if GAMMA == "any":
+            high, low = log_parts(q)
+            factor = tl.where(q == 0.0, 0.0, power(q, -high, -low, gamma, GAMMA))
+        else:
+            factor = power(q, q, q, gamma, GAMMA)
+        ce_by_q = tl.where(q == 0.0, 1.0, ce / q)  # -log(1 - q) / q -> 1
+        p_ce_by_q = tl.where(p == 0.0, 0.0, p * ce_by_q)  # not 0 * inf
+        return p, q, factor * ce, factor * (1.0 + gamma[0] * p_ce_by_q)
+
+
+# --- weights of classes ---
+
+
+@triton.jit
+def _load_class_values(pointer, classes, mask, OPMATH: tl.constexpr):
     """Load a value for each class; float64 stays what it is."""
     stored = tl.load(pointer + classes, mask=mask, other=None if mask is None else 0)
     if stored.dtype.is_fp64():
         return stored
     else:
         return widen(stored, OPMATH)
+
+
+@triton.jit
+def load_sigmoid_weights(
+    classes, alpha, alphas_ptr, weight_ptr, pos_weight_ptr, OPMATH: tl.constexpr
+):
+    """Return what positives, negatives and the cross entropy of positives are multiplied by."""
+    if alphas_ptr is None:
+        share = scalar(alpha, tl.float64)
+    else:
+        share = _load_class_values(alphas_ptr, classes, None, OPMATH)
+    positive = tl.where(share < 0, 1.0, share).to(OPMATH)
+    negative = tl.where(share < 0, 1.0, 1.0 - share).to(OPMATH)
+    if weight_ptr is not None:
+        weight = _load_class_values(weight_ptr, classes, None, OPMATH).to(OPMATH)
+        positive *= weight
+        negative *= weight
+    if pos_weight_ptr is None:
+        return positive, negative, scalar(1.0, OPMATH)
+    else:
+        pos_weight = _load_class_values(pos_weight_ptr, classes, None, OPMATH).to(OPMATH)
+        return positive, negative, pos_weight
+
+
+@triton.jit
+def load_softmax_weights(alpha, alphas_ptr, weight_ptr, c, is_class, OPMATH: tl.constexpr):
+    """Return alpha and the weight of classes."""
+    if alphas_ptr is None:
+        factor = scalar(alpha, OPMATH)
+    else:
+        factor = _load_class_values(alphas_ptr, c, is_class, OPMATH).to(OPMATH)
+    if weight_ptr is None:
+        return factor, tl.full(c.shape, 1.0, OPMATH)
+    else:
+        return factor, _load_class_values(weight_ptr, c, is_class, OPMATH).to(OPMATH)
+
+
+# --- sums ---
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Kernels of the softmax focal loss; :mod:`.focal_loss` launches them.
 
-A program takes tiles of ``ROWS`` rows, and of each ``COLS`` classes at a time. Where the classes of
-a row are next to each other (inner 1) they lie along the last axis of a tile, otherwise the rows
-do: the last axis is the one that is contiguous in memory.
+A program takes tiles of ``ROWS`` rows, of each ``WIDTH`` classes at a time. Where the classes of a
+row are next to each other (inner 1) they lie along the last axis of a tile, otherwise the rows do:
+the last axis is the one that is contiguous in memory.
 
 A row is its largest logit and the sum of the exponentials of the others: near p = 1 the rest is
 what 1 - p is made of. Rows are finished in the precision of the elements, since float64 is slow on
@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 
 from .batch_norm_relu_blocks import narrow, wide_pointer
-from .exponential import exp_of, log1p_of, log_of, log_parts
+from .exponential import exp_of
 from .focal_loss_blocks import (
     SIZES,
-    load_class_values,
+    focal_of_class,
     load_scale,
-    power,
+    load_softmax_weights,
+    log1p_rest_of,
     probability_units,
     scalar,
     split_gamma,
@@ -52,11 +53,10 @@ def _rows_of(tile, rows, classes, inner, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _classes_of(
-    start, first, inside, classes, inner, COLS: tl.constexpr, CLASS_AXIS: tl.constexpr
-):
-    """Return classes, offsets and mask of a block of classes."""
-    c = tl.expand_dims(start + tl.arange(0, COLS), 1 - CLASS_AXIS)
+def _classes_of(start, place, WIDTH: tl.constexpr, CLASS_AXIS: tl.constexpr):
+    """Return classes, which of them there are, offsets and mask of a block of classes."""
+    first, inside, classes, inner = place
+    c = tl.expand_dims(start + tl.arange(0, WIDTH), 1 - CLASS_AXIS)
     is_class = c < classes
     offsets = tl.expand_dims(first, CLASS_AXIS) + c * inner
     return c, is_class, offsets, tl.expand_dims(inside, CLASS_AXIS) & is_class
@@ -73,19 +73,12 @@ def _load_labels(target_ptr, row, inside, classes, ignore_index):
     return tl.where(counts, label, 0).to(classes.dtype), counts, is_ignored
 
 
-# --- the formula ---
-
-
 @triton.jit
 def _softmax_state(
     input_ptr,
-    first,
-    inside,
-    classes,
-    inner,
+    place,
     OPMATH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
@@ -94,14 +87,13 @@ def _softmax_state(
     These are the tile's, if it is a ``SINGLE`` one.
     """
     infinity: tl.constexpr = float("inf")
-    _, _, offsets, mask = _classes_of(0, first, inside, classes, inner, COLS, CLASS_AXIS)
+    classes = place[2]
+    _c, _is_class, offsets, mask = _classes_of(0, place, WIDTH, CLASS_AXIS)
     largest = widen(tl.load(input_ptr + offsets, mask=mask, other=-infinity), OPMATH)
     rest = tl.zeros_like(largest)
     if not SINGLE:
-        for start in range(COLS, classes, COLS):
-            _, _, offsets, mask = _classes_of(
-                start, first, inside, classes, inner, COLS, CLASS_AXIS
-            )
+        for start in range(WIDTH, classes, WIDTH):
+            _c, _is_class, offsets, mask = _classes_of(start, place, WIDTH, CLASS_AXIS)
             x = widen(tl.load(input_ptr + offsets, mask=mask, other=-infinity), OPMATH)
             is_larger = x > largest
             e = exp_of(tl.where(is_larger, largest - x, x - largest))
@@ -117,127 +109,84 @@ def _softmax_state(
 
 
 @triton.jit
-def _log1p_rest(rest):
-    if rest.dtype.is_fp64():
-        return log1p_of(rest)
-    else:
-        return tl.where(rest > 1.0, log_of(1.0 + rest), log1p_of(rest))
-
-
-@triton.jit
-def _focal_of_class(x, top, rest, log1p_rest, gamma, GAMMA: tl.constexpr):
-    """Return p, 1 - p, the loss of a class, and what ``p_j - [j = t]`` is multiplied by."""
-    share = 1.0 / (1.0 + rest)
-    p = exp_of(x - top) * share
-    # Only the largest can have p above 1/2.
-    q = tl.where(x == top, rest * share, 1.0 - p)
-    ce = (top - x) + log1p_rest
-    if GAMMA == "0":
-        return p, q, ce, tl.full(ce.shape, 1.0, ce.dtype)
-    else:
-        if GAMMA == "any":
-            high, low = log_parts(q)
-            factor = tl.where(q == 0.0, 0.0, power(q, -high, -low, gamma, GAMMA))
-        else:
-            factor = power(q, q, q, gamma, GAMMA)
-        ce_by_q = tl.where(q == 0.0, 1.0, ce / q)  # -log(1 - q) / q -> 1
-        p_ce_by_q = tl.where(p == 0.0, 0.0, p * ce_by_q)  # not 0 * inf
-        return p, q, factor * ce, factor * (1.0 + gamma[0] * p_ce_by_q)
-
-
-@triton.jit
-def _factors(alpha, alphas_ptr, weight_ptr, c, is_class, OPMATH: tl.constexpr):
-    """Return alpha and the weight of classes."""
-    if alphas_ptr is None:
-        factor = scalar(alpha, OPMATH)
-    else:
-        factor = load_class_values(alphas_ptr, c, is_class, OPMATH).to(OPMATH)
-    if weight_ptr is None:
-        return factor, tl.full(c.shape, 1.0, OPMATH)
-    else:
-        return factor, load_class_values(weight_ptr, c, is_class, OPMATH).to(OPMATH)
-
-
-@triton.jit
-def _load_target(
-    target_ptr,
+def _soft_terms(
+    x,
+    state,
     label,
-    smoothing,
-    c,
+    pointers,
+    parameters,
+    block,
     classes,
-    offsets,
-    mask,
     LABELS: tl.constexpr,
     SMOOTH: tl.constexpr,
-    CLASS_AXIS: tl.constexpr,
-    OPMATH: tl.constexpr,
+    GAMMA: tl.constexpr,
 ):
-    """Return the probabilities of a block of classes, smoothed."""
+    """Return target, p, 1 - p, the loss of each class and what ``p_j - [j = t]`` is multiplied by.
+
+    State and label have the axis of classes.
+    """
+    target_ptr, alphas_ptr, weight_ptr = pointers
+    alpha, smoothing, gamma = parameters
+    top, rest, log1p_rest = state
+    c, is_class, offsets, mask = block
     if LABELS:
-        target = (c == tl.expand_dims(label, CLASS_AXIS)).to(OPMATH)
+        target = (c == label).to(x.dtype)
     else:
-        target = widen(tl.load(target_ptr + offsets, mask=mask, other=0), OPMATH)
+        target = widen(tl.load(target_ptr + offsets, mask=mask, other=0), x.dtype)
     if SMOOTH:
-        target = target * (1.0 - smoothing) + smoothing / classes.to(OPMATH)
-    return tl.where(mask, target, 0.0)
+        target = target * (1.0 - smoothing) + smoothing / classes.to(x.dtype)
+    p, q, loss, slope = focal_of_class(x, top, rest, log1p_rest, gamma, GAMMA)
+    factor, weight = load_softmax_weights(alpha, alphas_ptr, weight_ptr, c, is_class, x.dtype)
+    factor = tl.where(mask, factor * weight * target, 0.0)
+    is_absent = factor == 0.0  # 0 * inf would be NaN
+    loss = tl.where(is_absent, 0.0, factor * loss)
+    return target, p, q, loss, tl.where(is_absent, 0.0, factor * slope)
 
 
 @triton.jit
 def _soft_sums(
-    pointers,
-    state,
+    input_ptr,
     tile_x,
-    first,
-    inside,
+    state,
     label,
-    sizes,
+    pointers,
     parameters,
+    place,
     LABELS: tl.constexpr,
     SMOOTH: tl.constexpr,
     GAMMA: tl.constexpr,
-    OPMATH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     SINGLE: tl.constexpr,
+    LIKELIEST: tl.constexpr,
 ):
-    """Return of each row the loss, the sum of what multiplies [j = t], and the likeliest class."""
-    input_ptr, target_ptr, alphas_ptr, weight_ptr, stats_ptr = pointers
+    """Return of each row the loss and the sum of the slopes; and its label, the likeliest if so."""
+    classes = place[2]
     top, rest, log1p_rest = state
-    classes, inner = sizes
-    alpha, smoothing, gamma = parameters
-    LIKELIEST: tl.constexpr = stats_ptr is not None and not LABELS
+    state = (
+        tl.expand_dims(top, CLASS_AXIS),
+        tl.expand_dims(rest, CLASS_AXIS),
+        tl.expand_dims(log1p_rest, CLASS_AXIS),
+    )
+    tile_label = tl.expand_dims(label, CLASS_AXIS)
     losses = tl.zeros_like(tile_x)
     slopes = tl.zeros_like(tile_x)
-    highest = tl.full(tile_x.shape, -float("inf"), OPMATH)
+    highest = tl.full(tile_x.shape, -float("inf"), tile_x.dtype)
     likeliest = tl.zeros(tile_x.shape, classes.dtype) + classes
-    for start in range(0, classes, COLS):
-        c, is_class, offsets, mask = _classes_of(
-            start, first, inside, classes, inner, COLS, CLASS_AXIS
+    for start in range(0, classes, WIDTH):
+        block = _classes_of(start, place, WIDTH, CLASS_AXIS)
+        x = tile_x
+        if not SINGLE:
+            x = widen(tl.load(input_ptr + block[2], mask=block[3], other=0), tile_x.dtype)
+        target, _p, _q, loss, slope = _soft_terms(
+            x, state, tile_label, pointers, parameters, block, classes, LABELS, SMOOTH, GAMMA
         )
-        if SINGLE:
-            x = tile_x
-        else:
-            x = widen(tl.load(input_ptr + offsets, mask=mask, other=0), OPMATH)
-        target = _load_target(
-            target_ptr, label, smoothing, c, classes, offsets, mask, LABELS, SMOOTH, CLASS_AXIS, OPMATH
-        )
-        _, _, loss, slope = _focal_of_class(
-            x,
-            tl.expand_dims(top, CLASS_AXIS),
-            tl.expand_dims(rest, CLASS_AXIS),
-            tl.expand_dims(log1p_rest, CLASS_AXIS),
-            gamma,
-            GAMMA,
-        )
-        factor, weight = _factors(alpha, alphas_ptr, weight_ptr, c, is_class, OPMATH)
-        factor = factor * weight * target
-        losses += tl.where(factor == 0.0, 0.0, factor * loss)  # not 0 * inf
-        slopes += tl.where(factor == 0.0, 0.0, factor * slope)
+        losses += loss
+        slopes += slope
         if LIKELIEST:
-            is_higher = mask & (target > highest)
+            is_higher = block[3] & (target > highest)
             highest = tl.where(is_higher, target, highest)
-            likeliest = tl.where(is_higher, c, likeliest)
+            likeliest = tl.where(is_higher, block[0], likeliest)
     if LIKELIEST:
         is_highest = highest == tl.expand_dims(tl.max(highest, CLASS_AXIS), CLASS_AXIS)
         label = tl.min(tl.where(is_highest, likeliest, classes), CLASS_AXIS)
@@ -275,15 +224,15 @@ def softmax_forward_kernel(
     OPMATH: tl.constexpr,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
     """Write the losses of rows, or their sum and that of the weights, and what backward needs."""
     rows, classes, inner = _promise_vectors(rows, classes, inner, VEC, INDEX, CLASS_AXIS)
     input_ptr = wide_pointer(input_ptr, VEC)
     target_ptr = target_ptr if LABELS else wide_pointer(target_ptr, VEC)
-    gamma = split_gamma(gamma, OPMATH)
-    smoothing = scalar(smoothing, OPMATH)
+    pointers = (target_ptr, alphas_ptr, weight_ptr)
+    parameters = (alpha, scalar(smoothing, OPMATH), split_gamma(gamma, OPMATH))
     total = tl.full((), 0.0, tl.float64)
     count = tl.full((), 0.0, tl.float64)
     begin = tl.program_id(0).to(INDEX) * tiles_per_program.to(INDEX)
@@ -291,35 +240,44 @@ def softmax_forward_kernel(
     for tile in range(begin, end):
         row, first, inside = _rows_of(tile, rows, classes, inner, ROWS)
         if LABELS:
-            label, counts, is_ignored = _load_labels(
-                target_ptr, row, inside, classes, ignore_index
-            )
+            label, counts, is_ignored = _load_labels(target_ptr, row, inside, classes, ignore_index)
         else:
             label = tl.zeros_like(row)
             counts = inside
             is_ignored = inside & False
-        top, rest, tile_x = _softmax_state(
-            input_ptr, first, inside, classes, inner, OPMATH, ROWS, COLS, CLASS_AXIS, SINGLE
-        )
-        log1p_rest = _log1p_rest(rest)
+        place = (first, inside, classes, inner)
+        top, rest, tile_x = _softmax_state(input_ptr, place, OPMATH, WIDTH, CLASS_AXIS, SINGLE)
+        log1p_rest = log1p_rest_of(rest)
         if LABELS:
-            factor, weight = _factors(alpha, alphas_ptr, weight_ptr, label, counts, OPMATH)
+            factor, weight = load_softmax_weights(
+                alpha, alphas_ptr, weight_ptr, label, counts, OPMATH
+            )
         else:
             weight = tl.full((ROWS,), 1.0, OPMATH)
         if LABELS and not SMOOTH:
             x = widen(tl.load(input_ptr + (first + label * inner), mask=counts, other=0), OPMATH)
-            p, q, loss, slope = _focal_of_class(x, top, rest, log1p_rest, gamma, GAMMA)
+            _p, q, loss, slope = focal_of_class(x, top, rest, log1p_rest, parameters[2], GAMMA)
             factor *= weight
             loss *= factor
             slope *= factor
             saved_1 = slope / (1.0 + rest)
             saved_2 = -slope * q
         else:
-            pointers = (input_ptr, target_ptr, alphas_ptr, weight_ptr, stats_ptr)
             loss, saved_2, label = _soft_sums(
-                pointers, (top, rest, log1p_rest), tile_x, first, inside, label,
-                (classes, inner), (alpha, smoothing, gamma),
-                LABELS, SMOOTH, GAMMA, OPMATH, ROWS, COLS, CLASS_AXIS, SINGLE,
+                input_ptr,
+                tile_x,
+                (top, rest, log1p_rest),
+                label,
+                pointers,
+                parameters,
+                place,
+                LABELS,
+                SMOOTH,
+                GAMMA,
+                WIDTH,
+                CLASS_AXIS,
+                SINGLE,
+                LIKELIEST=stats_ptr is not None and not LABELS,
             )
             saved_1 = rest
         if saved_ptr is not None:
@@ -373,15 +331,15 @@ def softmax_backward_kernel(
     OPMATH: tl.constexpr,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Write the gradient of the input."""
     rows, classes, inner = _promise_vectors(rows, classes, inner, VEC, INDEX, CLASS_AXIS)
     input_ptr = wide_pointer(input_ptr, VEC)
     grad_input_ptr = wide_pointer(grad_input_ptr, VEC)
     target_ptr = target_ptr if LABELS else wide_pointer(target_ptr, VEC)
-    gamma = split_gamma(gamma, OPMATH)
-    smoothing = scalar(smoothing, OPMATH)
+    pointers = (target_ptr, alphas_ptr, weight_ptr)
+    parameters = (alpha, scalar(smoothing, OPMATH), split_gamma(gamma, OPMATH))
     scale = load_scale(grad_output_ptr, normalizer_ptr, REDUCTION, OPMATH)
     begin = tl.program_id(0).to(INDEX) * tiles_per_program.to(INDEX)
     end = tl.minimum(begin + tiles_per_program.to(INDEX), tl.cdiv(rows, ROWS))
@@ -390,8 +348,9 @@ def softmax_backward_kernel(
         counts = inside
         label = tl.zeros_like(row)
         if LABELS:
-            label, counts, _ = _load_labels(target_ptr, row, inside, classes, ignore_index)
+            label, counts, _ignored = _load_labels(target_ptr, row, inside, classes, ignore_index)
         counts = tl.expand_dims(counts, CLASS_AXIS)
+        label = tl.expand_dims(label, CLASS_AXIS)
         top = tl.expand_dims(tl.load(saved_ptr + row, mask=inside, other=0.0), CLASS_AXIS)
         saved_1 = tl.load(saved_ptr + rows + row, mask=inside, other=0.0)
         saved_2 = tl.load(saved_ptr + 2 * rows + row, mask=inside, other=0.0)
@@ -402,27 +361,20 @@ def softmax_backward_kernel(
             factor = tl.expand_dims(saved_1 * row_scale, CLASS_AXIS)
             of_label = tl.expand_dims(saved_2 * row_scale, CLASS_AXIS)
         else:
-            log1p_rest = tl.expand_dims(_log1p_rest(saved_1), CLASS_AXIS)
             rest = tl.expand_dims(saved_1, CLASS_AXIS)
+            state = (top, rest, tl.expand_dims(log1p_rest_of(saved_1), CLASS_AXIS))
             all_slopes = tl.expand_dims(saved_2, CLASS_AXIS)
-            row_scale = tl.expand_dims(tl.zeros_like(saved_1) + row_scale, CLASS_AXIS)
-        for start in range(0, classes, COLS):
-            c, is_class, offsets, mask = _classes_of(
-                start, first, inside, classes, inner, COLS, CLASS_AXIS
-            )
-            x = widen(tl.load(input_ptr + offsets, mask=mask, other=0), OPMATH)
+            tile_scale = tl.expand_dims(tl.zeros_like(saved_1) + row_scale, CLASS_AXIS)
+        place = (first, inside, classes, inner)
+        for start in range(0, classes, WIDTH):
+            block = _classes_of(start, place, WIDTH, CLASS_AXIS)
+            x = widen(tl.load(input_ptr + block[2], mask=block[3], other=0), OPMATH)
             if LABELS and not SMOOTH:
-                is_label = c == tl.expand_dims(label, CLASS_AXIS)
-                grad = tl.where(is_label, of_label, exp_of(x - top) * factor)
+                grad = tl.where(block[0] == label, of_label, exp_of(x - top) * factor)
             else:
-                target = _load_target(
-                    target_ptr, label, smoothing, c, classes, offsets, mask,
-                    LABELS, SMOOTH, CLASS_AXIS, OPMATH,
+                _t, p, q, _loss, slope = _soft_terms(
+                    x, state, label, pointers, parameters, block, classes, LABELS, SMOOTH, GAMMA
                 )
-                p, q, _, slope = _focal_of_class(x, top, rest, log1p_rest, gamma, GAMMA)
-                factor, weight = _factors(alpha, alphas_ptr, weight_ptr, c, is_class, OPMATH)
-                factor = factor * weight * target
-                slope = tl.where(factor == 0.0, 0.0, factor * slope)
-                grad = (p * (all_slopes - slope) - q * slope) * row_scale
+                grad = (p * (all_slopes - slope) - q * slope) * tile_scale
             grad = tl.where(counts, grad, 0.0)
-            tl.store(grad_input_ptr + offsets, narrow(grad, DTYPE), mask=mask)
+            tl.store(grad_input_ptr + block[2], narrow(grad, DTYPE), mask=block[3])

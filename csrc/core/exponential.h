@@ -56,10 +56,23 @@ FASTREMEDY_HD float expm1_of(float x) {
 }
 FASTREMEDY_HD double expm1_of(double x) { return ::expm1(x); }
 
+// For 1 <= x <= 4. A division in CUDA branches for divisors that are not normal, and a branch keeps
+// the compiler from taking several elements at once.
+FASTREMEDY_HD float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));  // off by 1 unit in the last place
+  return ::fmaf(r, ::fmaf(-x, r, 1.0f), r);
+#else
+  return 1.0f / x;
+#endif
+}
+FASTREMEDY_HD double reciprocal(double x) { return 1.0 / x; }
+
 // For 0 <= x <= 1: 2 atanh(s) with s = x / (2 + x) <= 1/3, a series in s^2 of which four terms give
 // an error of 5e-9. A division costs less than the ten terms of a polynomial in x.
 FASTREMEDY_HD float log1p_of(float x) {
-  const float s = x / (2.0f + x);
+  const float s = x * reciprocal(2.0f + x);
   const float z = s * s;
   float p = 2.80244590e-1f;
   p = p * z + 2.79991410e-1f;
@@ -77,19 +90,6 @@ FASTREMEDY_HD float log_of(float x) {
   return exponent * 0.693147181f + log1p_of(mantissa - 1);
 }
 FASTREMEDY_HD double log_of(double x) { return ::log(x); }
-
-// For 1 <= x <= 2. A division in CUDA branches for divisors that are not normal, and a branch keeps
-// the compiler from taking several elements at once.
-FASTREMEDY_HD float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));  // off by 1 unit in the last place
-  return ::fmaf(r, ::fmaf(-x, r, 1.0f), r);
-#else
-  return 1.0f / x;
-#endif
-}
-FASTREMEDY_HD double reciprocal(double x) { return 1.0 / x; }
 
 template <class T>
 FASTREMEDY_HD T sigmoid(T x) {

@@ -99,7 +99,8 @@ FASTREMEDY_HD LossAndSlope<T> focal_of_logit(T u, T weight, const Gamma<T>& gamm
   const T p = is_wrong ? small : terms.r;
   const T ce = (is_wrong ? u : T(0)) + terms.l;
   const T factor = weight * power<kKind>(q, is_wrong ? T(0) : -u, terms.l, gamma);
-  return {factor * ce, factor * (gamma.value * p * ce + q)};
+  // Without gamma there is no p * ce, which is 0 * inf for an infinite logit.
+  return {factor * ce, factor * (kKind == GammaKind::kZero ? q : gamma.value * p * ce + q)};
 }
 
 // p_t of the same.
@@ -174,7 +175,7 @@ FASTREMEDY_HD bool is_hard(T target) {
 
 template <class T>
 FASTREMEDY_HD T smooth(T target, T smoothing, T share) {
-  return target * (T(1) - smoothing) + smoothing * share;  // share: 1 / number of classes
+  return target * (T(1) - smoothing) + smoothing * share;  // share: of one class if all are alike
 }
 
 // Softmax of a row as its largest logit and the exponentials of the others: probabilities are
@@ -213,8 +214,9 @@ FASTREMEDY_HD ClassTerms<T> class_terms(T x, const SoftmaxState<T>& state, T log
 // The loss of a class with weight 1, and what its gradient p_j - [j = t] is multiplied by.
 template <class T>
 FASTREMEDY_HD LossAndSlope<T> focal_of_class(const ClassTerms<T>& t, T factor, T gamma) {
-  const T ce_by_q = t.q > T(0) ? t.ce / t.q : T(1);  // -log(1 - q) / q -> 1
-  return {factor * t.ce, factor * (T(1) + gamma * t.p * ce_by_q)};
+  const T ce_by_q = t.q > T(0) ? t.ce / t.q : T(1);                   // -log(1 - q) / q -> 1
+  const T times = t.p == T(0) ? T(1) : T(1) + gamma * t.p * ce_by_q;  // a logit of -inf
+  return {factor * t.ce, factor * times};
 }
 
 // (1 - p)^gamma of one class of many: accurate for p <= 1/2, where log(q) is small.

@@ -19,6 +19,9 @@ void store_half(const float* values, uint16_t* stored, int64_t n);
 inline void* element_at(void* data, DType dtype, int64_t i) {
   return static_cast<char*>(data) + i * element_size(dtype);
 }
+inline const void* element_at(const void* data, DType dtype, int64_t i) {
+  return static_cast<const char*>(data) + i * element_size(dtype);
+}
 
 // The tensor's own memory where it already has the type T, otherwise a converted copy.
 template <class T>

@@ -1,8 +1,8 @@
 // Softmax focal loss: a row at a time, from one read of its logits to loss and gradient.
+#include "focal_loss_softmax.h"
+
 #include <algorithm>
 #include <cmath>
-
-#include "focal_loss_pass.h"
 
 namespace fastremedy::cpu {
 namespace {
@@ -74,33 +74,6 @@ T sum_row(const T* values, int64_t n) {
   return static_cast<T>(sum);
 }
 
-template <class T>
-void convert(const void* stored, DType dtype, T* values, int64_t n) {
-  if (element_size(dtype) == sizeof(T)) {
-    std::memcpy(values, stored, n * sizeof(T));
-  } else if constexpr (sizeof(T) == sizeof(float)) {
-    const auto* halves = static_cast<const uint16_t*>(stored);
-    if (dtype == DType::kBFloat16) load_half<BFloat16>(halves, values, n);
-    if (dtype == DType::kFloat16) load_half<Float16>(halves, values, n);
-  }
-}
-
-template <class T>
-void convert_back(const T* values, void* stored, DType dtype, int64_t n, bool streams) {
-  if (element_size(dtype) == sizeof(T)) {
-    const auto* bytes = reinterpret_cast<const char*>(values);
-    if (streams) {
-      stream_bytes(static_cast<char*>(stored), bytes, n * sizeof(T));
-    } else {
-      std::memcpy(stored, bytes, n * sizeof(T));
-    }
-  } else if constexpr (sizeof(T) == sizeof(float)) {
-    auto* halves = static_cast<uint16_t*>(stored);
-    if (dtype == DType::kBFloat16) store_half<BFloat16>(values, halves, n);
-    if (dtype == DType::kFloat16) store_half<Float16>(values, halves, n);
-  }
-}
-
 // A few rows of a tensor [outer, classes, inner] of any dtype as T[rows, classes].
 template <class T>
 class Rows {
@@ -156,20 +129,6 @@ class Rows {
   LineVector<T> copy_;
 };
 
-// Factors of the classes.
-template <class T>
-struct ClassFactors {
-  std::vector<T> of_class;  // alpha * weight; one for all if there is no vector
-
-  explicit ClassFactors(const FocalLossArgs& args) {
-    const bool has_classes = args.alphas.data || args.weight.data;
-    for (int64_t c = 0; c < (has_classes ? args.shape.classes : 1); ++c) {
-      of_class.push_back(static_cast<T>(alpha_of(args, c) * value_of(args.weight, c, 1)));
-    }
-  }
-  T operator[](int64_t c) const { return of_class[of_class.size() == 1 ? 0 : c]; }
-};
-
 template <class T>
 class SoftmaxPass {
  public:
@@ -212,12 +171,7 @@ class SoftmaxPass {
       if (grads) std::fill_n(grads, classes_, T(0));
       return 0;
     }
-    T scale = scale_;
-    if (grads && args_.grad_output && args_.reduction == Reduction::kNone) {
-      scale = static_cast<T>(load_scalar(
-          element_at(const_cast<void*>(args_.grad_output), args_.grad_output_dtype, row),
-          args_.grad_output_dtype));
-    }
+    const T scale = grads ? row_scale(args_, row, scale_) : T(1);
     return is_soft_ ? run_soft(row, x, targets, scale, grads)
                     : run_hard(x, args_.labels[row], scale, grads);
   }
@@ -299,31 +253,17 @@ template <class T>
 FocalSums run(const FocalLossArgs& args) {
   const ClassFactors<T> factors(args);
   const FocalLossShape& shape = args.shape;
-  // Tiles are of one `outer`, so that their elements lie side by side.
-  const int64_t rows = shape.inner == 1 ? shape.outer : shape.inner;
   const int64_t max_rows = shape.inner == 1 ? std::max<int64_t>(1, kBlockSize / shape.classes)
                                             : std::min(kGatheredRows, shape.inner);
-  const int64_t tiles_per_outer = (rows + max_rows - 1) / max_rows;
-  const int64_t num_tiles = shape.inner == 1 ? tiles_per_outer : shape.outer * tiles_per_outer;
-  const int64_t tiles_per_range = std::max<int64_t>(1, kRangeSize / (max_rows * shape.classes));
-  const int64_t num_ranges = (num_tiles + tiles_per_range - 1) / tiles_per_range;
-  std::vector<FocalSums> sums(num_ranges);
-  parallel_for(num_ranges, false, num_ranges == 1, [&](int64_t range) {
-    SoftmaxPass<T> pass(args, factors, max_rows);
-    const int64_t end = std::min(num_tiles, (range + 1) * tiles_per_range);
-    for (int64_t tile = range * tiles_per_range; tile < end; ++tile) {
-      const int64_t begin = tile % tiles_per_outer * max_rows;
-      sums[range].loss +=
-          pass.run(tile / tiles_per_outer * rows + begin, std::min(max_rows, rows - begin));
-    }
-    finish_streams();
-  });
-  return add_up(sums);
+  return for_row_tiles(shape, max_rows, [&] { return SoftmaxPass<T>(args, factors, max_rows); });
 }
 
 }  // namespace
 
 FocalSums softmax_focal_loss(const FocalLossArgs& args) {
+  const bool has_long_rows = args.shape.inner == 1 && args.shape.classes > kMostLaneClasses;
+  const bool is_soft = args.probabilities || args.label_smoothing != 0;
+  if (!has_long_rows && !is_soft) return softmax_focal_loss_in_lanes(args);
   return args.shape.dtype == DType::kFloat64 ? run<double>(args) : run<float>(args);
 }
 

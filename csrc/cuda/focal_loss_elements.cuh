@@ -9,24 +9,39 @@
 
 namespace fastremedy::cuda {
 
-// Blocks at once on an H100; the shape alone decides how many there are, so sums are bitwise the
-// same on every device.
+// 12 blocks for each of the 132 multiprocessors of an H100: whole rounds where 3 or 4 run at once.
+// The shape alone decides how many there are, so sums are bitwise the same on every device.
 #ifdef FASTREMEDY_EMULATION
 inline constexpr int kFocalBlockSize = 64;
 inline constexpr int64_t kMostFocalBlocks = 7;
 #else
 inline constexpr int kFocalBlockSize = 256;
-inline constexpr int64_t kMostFocalBlocks = 1024;
+inline constexpr int64_t kMostFocalBlocks = 1584;
 #endif
-inline constexpr int kFocalBlocks = 2;  // of a multiprocessor at least: up to 128 registers
+// Of a multiprocessor at least: 3 leave up to 80 registers, which are enough where float is
+// computed, except on sm_75.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T>
+inline constexpr int kFocalBlocks = 2;
+#else
+template <class T>
+inline constexpr int kFocalBlocks = sizeof(T) == sizeof(float) ? 3 : 2;
+#endif
 
-// The elements first + k * step below end, k from 0 to kVecSize - 1.
+// The elements first + k * step, k from 0 to count - 1.
 struct Span {
-  int64_t first, step, end;
-  bool is_vector;  // aligned neighbours, all below end
+  int64_t first, step;
+  int count;       // kVecSize at most
+  bool is_vector;  // kVecSize aligned neighbours
 
-  FASTREMEDY_DEVICE bool has(int k) const { return is_vector || first + k * step < end; }
+  FASTREMEDY_DEVICE bool has(int k) const { return k < count; }
 };
+
+// A number that is compared with small ones alone.
+FASTREMEDY_DEVICE int saturate(int64_t n) {
+  constexpr int64_t kLargest = 1 << 20;
+  return static_cast<int>(n < -1 ? -1 : n > kLargest ? kLargest : n);
+}
 
 template <class T, Reuse kReuse = Reuse::kNever>
 FASTREMEDY_DEVICE T load_one(const void* data, DType dtype, int64_t i) {
@@ -35,32 +50,56 @@ FASTREMEDY_DEVICE T load_one(const void* data, DType dtype, int64_t i) {
   return value[0];
 }
 
-// Elements that the span does not have keep their values.
+// Element k of a vector, as load and store take it alone.
+template <class T>
+FASTREMEDY_DEVICE void put(Stored<T, kVecSize<T>>& vector, int k, DType dtype,
+                           const Stored<T, 1>& element) {
+  const int size = element_size(dtype);
+  if (size == 2) vector.set_half(k, element.half(0));
+  if (size == 4) vector.words[k] = element.words[0];
+  if constexpr (sizeof(T) == 8) {
+    if (size == 8) memcpy(vector.words + 2 * k, element.words, sizeof(T));
+  }
+}
+template <class T>
+FASTREMEDY_DEVICE Stored<T, 1> take(const Stored<T, kVecSize<T>>& vector, int k, DType dtype) {
+  const int size = element_size(dtype);
+  Stored<T, 1> element;
+  if (size == 2) element.words[0] = vector.half(k);
+  if (size == 4) element.words[0] = vector.words[k];
+  if constexpr (sizeof(T) == 8) {
+    if (size == 8) memcpy(element.words, vector.words + 2 * k, sizeof(T));
+  }
+  return element;
+}
+
 template <Reuse kReuse, class T>
 FASTREMEDY_DEVICE void load_span(const void* data, DType dtype, const Span& span,
-                                 T (&values)[kVecSize<T>]) {
-  if (span.is_vector) {
-    const char* const first = element_at(data, dtype, span.first);
-    return unpack(load<T, kVecSize<T>, kReuse>(first, dtype, 0), dtype, values);
-  }
+                                 T (&values)[kVecSize<T>], T otherwise = 0) {
+  constexpr int kWidth = kVecSize<T>;
+  const char* const first = element_at(data, dtype, span.first);
+  if (span.is_vector) return unpack(load<T, kWidth, kReuse>(first, dtype, 0), dtype, values);
+  const int64_t step = span.step * element_size(dtype);
+  Stored<T, kWidth> stored;
 #pragma unroll
-  for (int k = 0; k < kVecSize<T>; ++k) {
-    if (span.has(k)) values[k] = load_one<T, kReuse>(data, dtype, span.first + k * span.step);
+  for (int k = 0; k < kWidth; ++k) {
+    if (span.has(k)) put(stored, k, dtype, load<T, 1, kReuse>(first + k * step, dtype, 0));
   }
+  unpack(stored, dtype, values);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) values[k] = span.has(k) ? values[k] : otherwise;
 }
 
 template <class T>
 FASTREMEDY_DEVICE void store_span(void* data, DType dtype, const Span& span,
                                   const T (&values)[kVecSize<T>]) {
-  if (span.is_vector) {
-    return store(element_at(data, dtype, span.first), dtype, 0, pack(values, dtype));
-  }
+  const Stored<T, kVecSize<T>> stored = pack(values, dtype);
+  char* const first = element_at(data, dtype, span.first);
+  if (span.is_vector) return store(first, dtype, 0, stored);
+  const int64_t step = span.step * element_size(dtype);
 #pragma unroll
   for (int k = 0; k < kVecSize<T>; ++k) {
-    const T value[1] = {values[k]};
-    if (span.has(k)) {
-      store(element_at(data, dtype, span.first + k * span.step), dtype, 0, pack(value, dtype));
-    }
+    if (span.has(k)) store(first + k * step, dtype, 0, take(stored, k, dtype));
   }
 }
 

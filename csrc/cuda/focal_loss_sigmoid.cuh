@@ -18,40 +18,34 @@ struct SigmoidPlan {
   bool is_aligned;
 };
 
-struct Place {
-  int64_t row, channel;
-};
-
-// Where the elements first + k lie.
+// Where an element lies.
 template <class T>
-class Places {
+class Place {
  public:
-  FASTREMEDY_DEVICE Places(const SigmoidPlan<T>& plan, int64_t first) : plan_(plan), first_(first) {
-    const int64_t inner = plan.inner.value();
-    const int64_t column = first - plan.inner.quotient(first) * inner;
-    place_ = find(first);
-    is_row_ = inner == 1;
-    const int64_t left = is_row_ ? plan.classes.value() - place_.channel : inner - column;
-    num_near_ = left < kVecSize<T> ? static_cast<int>(left) : kVecSize<T>;
+  FASTREMEDY_DEVICE Place(const SigmoidPlan<T>& plan, int64_t i)
+      : inner_(plan.inner.value()), classes_(plan.classes.value()) {
+    const int64_t line = plan.inner.quotient(i), outer = plan.classes.quotient(line);
+    column_ = i - line * inner_;
+    channel_ = line - outer * classes_;
+    row_ = outer * inner_ + column_;
   }
 
-  FASTREMEDY_DEVICE Place operator[](int k) const {
-    if (k >= num_near_) return find(first_ + k);
-    return {place_.row + (is_row_ ? 0 : k), place_.channel + (is_row_ ? k : 0)};
+  FASTREMEDY_DEVICE int64_t row() const { return row_; }
+  FASTREMEDY_DEVICE int64_t channel() const { return channel_; }
+
+  FASTREMEDY_DEVICE void advance() {
+    ++row_;
+    if (++column_ < inner_) return;
+    column_ = 0;
+    row_ -= inner_;
+    if (++channel_ < classes_) return;
+    channel_ = 0;
+    row_ += inner_;
   }
 
  private:
-  FASTREMEDY_DEVICE Place find(int64_t i) const {
-    const int64_t inner = plan_.inner.value(), classes = plan_.classes.value();
-    const int64_t line = plan_.inner.quotient(i), outer = plan_.classes.quotient(line);
-    return {outer * inner + (i - line * inner), line - outer * classes};
-  }
-
-  const SigmoidPlan<T>& plan_;
-  const int64_t first_;
-  Place place_;
-  bool is_row_;
-  int num_near_;  // elements in the row or the class of the first
+  const int64_t inner_, classes_;
+  int64_t row_, channel_, column_;
 };
 
 template <class T>
@@ -59,7 +53,8 @@ FASTREMEDY_DEVICE FocalWeights<T> weights_of(const FocalLossArgs& args, const Si
                                              int64_t channel) {
   FocalWeights<T> weights = plan.weights;
   if (args.alphas.data) {
-    with_value(args.alphas, channel, [&](auto alpha) {
+    with_value(args.alphas, channel, [&](auto value) {
+      const auto alpha = value + T(0);  // the wider type: 1 - alpha may cancel
       weights.positive = static_cast<T>(alpha_of_positives(alpha));
       weights.negative = static_cast<T>(alpha_of_negatives(alpha));
     });
@@ -82,19 +77,33 @@ struct Targets {
 template <class T>
 FASTREMEDY_DEVICE Targets<T> targets_of_labels(const FocalLossArgs& args,
                                                const SigmoidPlan<T>& plan, const Span& span,
-                                               const Places<T>& places) {
+                                               Place<T> place) {
+  constexpr int kWidth = kVecSize<T>;
   Targets<T> targets;
   targets.are_hard = plan.smoothing == T(0);
+  if (args.shape.inner == 1 && args.shape.classes >= kWidth) {
+    // Elements of this row and at most the next one.
+    const int left = saturate(args.shape.classes - place.channel());
+    const int size = left < span.count ? left : span.count;
+    const int64_t label = load_label(args, place.row());
+    const int64_t next = size < span.count ? load_label(args, place.row() + 1) : kIgnored;
+    const uint32_t row_bits = (1u << size) - 1;
+    const uint32_t next_bits = (1u << span.count) - 1 - row_bits;
+    targets.counted = (label != kIgnored ? row_bits : 0) | (next != kIgnored ? next_bits : 0);
+    const int label_place = label >= 0 ? saturate(label - place.channel()) : -1;
+    const int next_place = next >= 0 ? saturate(left + next) : -1;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      targets.values[k] = k == label_place || k == next_place ? T(1) : T(0);
+    }
+    return targets;
+  }
   int64_t row = -1, label = kIgnored;
 #pragma unroll
-  for (int k = 0; k < kVecSize<T>; ++k) {
+  for (int k = 0; k < kWidth; ++k, place.advance()) {
     if (!span.has(k)) continue;
-    const Place place = places[k];
-    if (place.row != row) {
-      row = place.row;
-      label = load_label(args, row);
-    }
-    targets.values[k] = place.channel == label ? T(1) : T(0);
+    if (place.row() != row) label = load_label(args, row = place.row());
+    targets.values[k] = place.channel() == label ? T(1) : T(0);
     targets.counted |= static_cast<uint32_t>(label != kIgnored) << k;
   }
   return targets;
@@ -117,16 +126,16 @@ FASTREMEDY_DEVICE Targets<T> targets_of_probabilities(const FocalLossArgs& args,
 }
 
 template <class T>
-FASTREMEDY_DEVICE void count_sigmoid(const FocalLossArgs& args, const Span& span,
-                                     const Places<T>& places, const Targets<T>& targets,
-                                     const T (&x)[kVecSize<T>]) {
+FASTREMEDY_DEVICE void count_targets(const FocalLossArgs& args, const Span& span, Place<T> place,
+                                     const Targets<T>& targets, const T (&x)[kVecSize<T>]) {
 #pragma unroll
-  for (int k = 0; k < kVecSize<T>; ++k) {
+  for (int k = 0; k < kVecSize<T>; ++k, place.advance()) {
     if (!span.has(k)) continue;
-    const int64_t channel = places[k].channel;
     if (targets.counted >> k & 1) {
-      if (targets.values[k] > T(0.5)) count_label(args, channel, probability_of_logit(-x[k]));
-    } else if (args.labels == nullptr || channel == 0) {
+      if (targets.values[k] > T(0.5)) {
+        count_label(args, place.channel(), probability_of_logit(-x[k]));
+      }
+    } else if (args.labels == nullptr || place.channel() == 0) {
       count_ignored(args);
     }
   }
@@ -145,46 +154,52 @@ FASTREMEDY_DEVICE void for_each_vector(const FocalLossArgs& args, const SigmoidP
   const int64_t step = int64_t{gridDim.x} * kFocalBlockSize * kWidth;
   const int64_t begin = (int64_t{blockIdx.x} * kFocalBlockSize + threadIdx.x) * kWidth;
   for (int64_t first = begin; first < numel; first += step) {
-    const Span span{first, 1, numel, plan.is_aligned && first + kWidth <= numel};
-    T x[kWidth] = {};
+    const int count = numel - first < kWidth ? static_cast<int>(numel - first) : kWidth;
+    const Span span{first, 1, count, plan.is_aligned && count == kWidth};
+    T x[kWidth];
     load_span<kReuse>(args.input, args.shape.dtype, span, x);
-    const Places<T> places(plan, first);
+    const Place<T> place(plan, first);
     Targets<T> targets;
     if constexpr (kHasLabels) {
-      targets = targets_of_labels(args, plan, span, places);
+      targets = targets_of_labels(args, plan, span, place);
     } else {
       targets = targets_of_probabilities<T, kReuse>(args, plan, span);
     }
-    if (kIsForward && args.stats) count_sigmoid(args, span, places, targets, x);
+    if (kIsForward && args.stats) count_targets(args, span, place, targets, x);
 
     T results[kWidth];
+    const auto hard = [&](T logit, T target, const FocalWeights<T>& weights) {
+      return focal_of_hard_target<kKind>(logit, target, weights, plan.gamma);
+    };
+    const auto soft = [&](T logit, T target, const FocalWeights<T>& weights) {
+      const T smoothed = smooth(target, plan.smoothing, T(0.5));
+      return focal_of_soft_target<kKind>(logit, smoothed, weights, plan.gamma);
+    };
     const auto evaluate = [&](auto formula) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const bool counts = targets.counted >> k & 1;
-        const FocalWeights<T> weights = counts && plan.has_class_values
-                                            ? weights_of(args, plan, places[k].channel)
-                                            : plan.weights;
-        const LossAndSlope<T> result = formula(x[k], targets.values[k], weights);
-        results[k] = counts ? (kIsForward ? result.loss : result.slope) : T(0);
+        const LossAndSlope<T> result = formula(x[k], targets.values[k]);
+        results[k] = targets.counted >> k & 1 ? (kIsForward ? result.loss : result.slope) : T(0);
       }
     };
-    if (targets.are_hard) {
-      evaluate([&](T logit, T target, const FocalWeights<T>& weights) {
-        return focal_of_hard_target<kKind>(logit, target, weights, plan.gamma);
+    if (plan.has_class_values) {
+      Place<T> of_element = place;
+      evaluate([&](T logit, T target) {
+        const FocalWeights<T> weights = weights_of(args, plan, of_element.channel());
+        of_element.advance();
+        return targets.are_hard ? hard(logit, target, weights) : soft(logit, target, weights);
       });
+    } else if (targets.are_hard) {
+      evaluate([&](T logit, T target) { return hard(logit, target, plan.weights); });
     } else {
-      evaluate([&](T logit, T target, const FocalWeights<T>& weights) {
-        const T smoothed = smooth(target, plan.smoothing, T(0.5));
-        return focal_of_soft_target<kKind>(logit, smoothed, weights, plan.gamma);
-      });
+      evaluate([&](T logit, T target) { return soft(logit, target, plan.weights); });
     }
     use(span, results, targets.counted);
   }
 }
 
 template <GammaKind kKind, bool kHasLabels, class T>
-__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks)
+__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks<T>)
     sigmoid_forward_kernel(const __grid_constant__ FocalLossArgs args,
                            const __grid_constant__ SigmoidPlan<T> plan, FocalLossScratch scratch) {
   RunningSum<T> sum;
@@ -207,7 +222,7 @@ __global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks)
 }
 
 template <GammaKind kKind, bool kHasLabels, class T>
-__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks)
+__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks<T>)
     sigmoid_backward_kernel(const __grid_constant__ FocalLossArgs args,
                             const __grid_constant__ SigmoidPlan<T> plan) {
   const bool is_scalar = args.reduction != Reduction::kNone;

@@ -50,12 +50,16 @@ FASTREMEDY_DEVICE int class_step(const SoftmaxPlan<T>& plan) {
 template <class T, class Use>
 FASTREMEDY_DEVICE void for_each_span(const FocalLossArgs& args, const SoftmaxPlan<T>& plan,
                                      const Row& row, Use use) {
+  constexpr int kWidth = kVecSize<T>;
   const int64_t classes = args.shape.classes, inner = args.shape.inner;
-  const int64_t begin = plan.has_vectors ? row.thread * kVecSize<T> : row.thread;
-  for (int64_t c = begin; c < classes; c += plan.threads_per_row * kVecSize<T>) {
-    use(Span{row.first + c * inner, class_step(plan) * inner, row.first + classes * inner,
-             plan.has_vectors},
-        c);
+  const int step = class_step(plan);
+  const int64_t begin = plan.has_vectors ? row.thread * kWidth : row.thread;
+  for (int64_t c = begin; c < classes; c += plan.threads_per_row * kWidth) {
+    const int left = saturate(classes - c);
+    int count = 0;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) count += k * step < left;
+    use(Span{row.first + c * inner, step * inner, count, plan.has_vectors}, c);
   }
 }
 
@@ -79,7 +83,7 @@ FASTREMEDY_DEVICE SoftmaxState<T> state_of(const T (&x)[kVecSize<T>]) {
   T rest = 0;
 #pragma unroll
   for (int k = 0; k < kVecSize<T>; ++k) {
-    const T e = exp_of(x[k] - shift);
+    const T e = exp_of_negative(shift - x[k]);
     rest += k == place && max == max ? T(0) : e;
   }
   return {max, rest};
@@ -94,9 +98,8 @@ FASTREMEDY_DEVICE SoftmaxState<T> read_state(const FocalLossArgs& args, const So
   int num_vectors = 0;
   for_each_span(args, plan, row, [&](const Span& span, int64_t) {
     T x[kVecSize<T>];
-#pragma unroll
-    for (int k = 0; k < kVecSize<T>; ++k) x[k] = -static_cast<T>(HUGE_VAL);
-    load_span<Reuse::kByNextKernel>(args.input, args.shape.dtype, span, x);
+    load_span<Reuse::kByNextKernel>(args.input, args.shape.dtype, span, x,
+                                    -static_cast<T>(HUGE_VAL));
     part = merge(part, state_of(x));
     if (++num_vectors < kMostVectors) return;
     state = merge(state, part);
@@ -188,14 +191,15 @@ template <Reuse kReuse, class T, class Use>
 FASTREMEDY_DEVICE void for_each_soft_span(const FocalLossArgs& args, const SoftmaxPlan<T>& plan,
                                           const Row& row, int64_t label, Use use) {
   for_each_span(args, plan, row, [&](const Span& span, int64_t first_class) {
-    T x[kVecSize<T>] = {}, targets[kVecSize<T>] = {};
+    T x[kVecSize<T>], targets[kVecSize<T>] = {};
     load_span<kReuse>(args.input, args.shape.dtype, span, x);
     if (args.labels == nullptr) {
       load_span<kReuse>(args.probabilities, args.probabilities_dtype, span, targets);
     }
+    const int label_place = saturate(label - first_class);
 #pragma unroll
     for (int k = 0; k < kVecSize<T>; ++k) {
-      if (first_class + k * class_step(plan) == label) targets[k] = 1;
+      if (k * class_step(plan) == label_place) targets[k] = 1;
       targets[k] = smooth(targets[k], plan.smoothing, plan.share);
     }
     use(span, first_class, x, targets);
@@ -211,7 +215,7 @@ FASTREMEDY_DEVICE int64_t most_probable(const FocalLossArgs& args, const Softmax
   double place = none;
   if (row.exists) {
     for_each_span(args, plan, row, [&](const Span& span, int64_t first_class) {
-      T targets[kVecSize<T>] = {};
+      T targets[kVecSize<T>];
       load_span<Reuse::kByNextKernel>(args.probabilities, args.probabilities_dtype, span, targets);
 #pragma unroll
       for (int k = 0; k < kVecSize<T>; ++k) {
@@ -277,7 +281,7 @@ FASTREMEDY_DEVICE RowResult<T> soft_row(const FocalLossArgs& args, const Softmax
 }
 
 template <GammaKind kKind, bool kIsSoft, bool kWholeBlock, class T>
-__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks)
+__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks<T>)
     softmax_forward_kernel(const __grid_constant__ FocalLossArgs args,
                            const __grid_constant__ SoftmaxPlan<T> plan, FocalLossScratch scratch) {
   const int64_t num_rows = args.shape.num_rows();
@@ -321,7 +325,7 @@ __global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks)
 }
 
 template <GammaKind kKind, bool kIsSoft, class T>
-__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks)
+__global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks<T>)
     softmax_backward_kernel(const __grid_constant__ FocalLossArgs args,
                             const __grid_constant__ SoftmaxPlan<T> plan) {
   constexpr int kWidth = kVecSize<T>;
@@ -362,12 +366,13 @@ __global__ void __launch_bounds__(kFocalBlockSize, kFocalBlocks)
     } else {
       const T factor = grad * second, grad_of_label = grad * third;
       for_each_span(args, plan, row, [&](const Span& span, int64_t first_class) {
-        T x[kWidth] = {};
+        T x[kWidth];
         load_span<Reuse::kNever>(args.input, dtype, span, x);
+        const int label_place = saturate(label - first_class);
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          const bool is_label = first_class + k * class_step(plan) == label;
-          x[k] = is_label ? grad_of_label : exp_of(x[k] - max) * factor;
+          const bool is_label = k * class_step(plan) == label_place;
+          x[k] = is_label ? grad_of_label : exp_of_negative(max - x[k]) * factor;
         }
         store_span(args.grad_input, dtype, span, x);
       });

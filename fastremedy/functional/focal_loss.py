@@ -258,21 +258,29 @@ def _run(
     else:
         backend = backends.active(dispatch.STEM, input.device)
     if backend == "torch":
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        x = input.to(dtype) if input.dtype in KERNEL_DTYPES else input
+        x = input.to(_compute_dtype(input)) if input.dtype in KERNEL_DTYPES else input
         if not (is_traced(input) or torch._C._are_functorch_transforms_active()):
             check_labels(target, input.shape[1], options)
         loss = composite(x, target, classes, options).to(loss_dtype)
         sums = measure(x.detach(), target.detach(), options) if wants_stats else None
         return loss, sums
     input = with_kernel_layout(input.resolve_neg())
-    target = target.contiguous() if is_labels(target) else like(target.resolve_neg(), input)
+    if is_labels(target):
+        target = target.contiguous()
+    else:
+        if torch.float64 in (input.dtype, target.dtype):  # kernels compute in one width
+            target = target.to(_compute_dtype(input))
+        target = like(target.resolve_neg(), input)
     tensors = (input, target, *classes)
     if torch.is_grad_enabled() and input.requires_grad:
         apply: Callable[..., tuple[Tensor, Tensor | None]] = FocalLoss.apply
         return apply(*tensors, options, loss_dtype, wants_stats, backend)
     forward = run_forward(input, target, classes, options, loss_dtype, wants_stats, backend)
     return forward.loss, forward.stats
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _loss_dtype(input: Tensor) -> torch.dtype:
