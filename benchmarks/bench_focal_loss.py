@@ -140,7 +140,7 @@ def _compare(
     def step(loss: Loss) -> Callable[[], None]:
         def run() -> None:
             logits.grad = None
-            loss(logits, target).backward()  # type: ignore[no-untyped-call]
+            loss(logits, target).backward()
 
         return run
 

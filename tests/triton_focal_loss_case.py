@@ -17,7 +17,6 @@ from fastremedy.triton_kernels import focal_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NONE, MEAN, SUM = range(3)
-NO_BACKGROUND = -(2**63)
 TOLERANCE = {
     torch.float64: 1e-13,
     torch.float32: 1e-6,
@@ -42,7 +41,7 @@ class Case:
     pos_weight: Tensor | None = None
     label_smoothing: float = 0.0
     ignore_index: int = -100
-    background: int = NO_BACKGROUND
+    background: int = -100  # the label to ignore: none
 
     def _options(self) -> tuple[Any, ...]:
         return (

@@ -1,6 +1,7 @@
 // What a backend gets for one call: plain pointers into memory of its device.
 #pragma once
 
+#include "activation_stats.h"
 #include "adamw.h"
 #include "batch_norm_relu.h"
 #include "clip_grad_norm.h"
@@ -140,7 +141,7 @@ struct FocalLossArgs {
   double label_smoothing;
   // Rows with this label do not count; nor do elements with this probability in kSigmoid.
   int64_t ignore_index;
-  int64_t background;  // label of rows without a positive class, kSigmoid only
+  int64_t background;  // kSigmoid: label of rows without a positive class; ignore_index for none
   // kNone: [outer, classes, inner] in kSigmoid and [outer, inner] in kSoftmax. Otherwise a scalar.
   void* loss;
   DType loss_dtype;
@@ -160,6 +161,30 @@ struct FocalLossArgs {
   const void* grad_output;
   DType grad_output_dtype;
   void* grad_input;  // [outer, classes, inner]; kernels for CPUs also write it with the loss
+};
+
+// A tensor whose elements [outer, channels, inner] lie without gaps. Channel c belongs to row
+// first_row + c of the statistics; for a tensor as a whole channels is 1.
+struct StatsTensor {
+  const void* data;
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+  int32_t first_row;
+  DType dtype;
+
+  FASTREMEDY_HD int64_t numel() const { return outer * channels * inner; }
+};
+
+// What the tensors hold is merged into what the rows hold already. No two tensors of a call share
+// rows. Tensors may be empty.
+struct ActivationStatsArgs {
+  const StatsTensor* tensors;  // memory of the host
+  int32_t num_tensors;
+  const int32_t* armed;  // null, or a flag in memory of the device: nothing happens while it is 0
+  double* moments;       // [rows, kNumMoments]: Moments
+  int64_t* counts;       // [rows, kNumCounts]
+  int64_t* histogram;    // null, or [rows, kNumBuckets]
 };
 
 }  // namespace fastremedy

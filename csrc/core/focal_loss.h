@@ -16,9 +16,6 @@ namespace fastremedy {
 enum class FocalForm : int32_t { kSigmoid = 0, kSoftmax = 1 };
 enum class Reduction : int32_t { kNone = 0, kMean = 1, kSum = 2 };
 
-// Labels below zero that mean something are chosen by the caller; this one never is.
-inline constexpr int64_t kNoBackground = INT64_MIN;
-
 // p_t is summed up in units of 2^-32: integers give the same sum in every order.
 inline constexpr double kProbabilityUnit = 0x1p-32;
 
@@ -103,10 +100,11 @@ FASTREMEDY_HD LossAndSlope<T> focal_of_logit(T u, T weight, const Gamma<T>& gamm
   return {factor * ce, factor * (kKind == GammaKind::kZero ? q : gamma.value * p * ce + q)};
 }
 
-// p_t of the same.
+// p_t of a logit and its target.
 template <class T>
-FASTREMEDY_HD T probability_of_logit(T u) {
-  return sigmoid(-u);
+FASTREMEDY_HD T probability_of_target(T x, T target) {
+  const T p = sigmoid(x);
+  return target * p + (T(1) - target) * (T(1) - p);
 }
 
 // Weights of a class. A hard target takes its positive or its negative side, a soft one a mix.
@@ -227,8 +225,12 @@ FASTREMEDY_HD T power_of_class(const ClassTerms<T>& t, const Gamma<T>& gamma) {
 
 // The same once a row, for every p: by the library's pow.
 template <class T>
-FASTREMEDY_HD T power_of_label(T q, T gamma) {
-  return gamma == T(0) ? T(1) : gamma == T(1) ? q : gamma == T(2) ? q * q : ::pow(q, gamma);
+FASTREMEDY_HD T power_of_label(T q, const Gamma<T>& gamma) {
+  if (gamma.value == T(0) || gamma.value == T(1) || gamma.value == T(2)) {
+    return gamma.value == T(0) ? T(1) : gamma.value == T(1) ? q : q * q;
+  }
+  const T power = ::pow(q, gamma.value);
+  return q > T(0) ? power * (T(1) + gamma.low * log_of(q)) : power;
 }
 
 }  // namespace fastremedy

@@ -124,9 +124,8 @@ class SigmoidPass {
   void count_positives(const T* x, const T* targets, int64_t begin, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       if (!(targets[i] > T(0.5)) || targets[i] == static_cast<T>(args_.ignore_index)) continue;
-      const T p = probability_of_logit(-x[i]);
       count(args_, (begin + i) / shape_.inner % shape_.classes,
-            targets[i] * p + (T(1) - targets[i]) * (T(1) - p));
+            probability_of_target(x[i], targets[i]));
     }
   }
 

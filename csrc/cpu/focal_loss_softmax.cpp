@@ -188,7 +188,7 @@ class SoftmaxPass {
     terms.q = others / total;
     terms.ce =
         of_label >= others ? std::log1p(others / of_label) : std::log(total) + (max - x[label]);
-    const T factor = factors_[label] * power_of_label(terms.q, gamma_.value);
+    const T factor = factors_[label] * power_of_label(terms.q, gamma_);
     const auto of_class = focal_of_class(terms, factor, gamma_.value);
     if (args_.stats) count(args_, label, terms.p);
     if (grads) {
@@ -224,8 +224,7 @@ class SoftmaxPass {
     ClassTerms<T> of_top{};
     if (top < classes_) {
       of_top = class_terms(state.max, state, log1p_rest);
-      const auto of_class =
-          focal_of_class(of_top, power_of_label(of_top.q, gamma_.value), gamma_.value);
+      const auto of_class = focal_of_class(of_top, power_of_label(of_top.q, gamma_), gamma_.value);
       losses_[top] = shares_[top] == T(0) ? T(0) : shares_[top] * of_class.loss;
       slopes[top] = shares_[top] == T(0) ? T(0) : shares_[top] * of_class.slope;
     }

@@ -116,7 +116,7 @@ class LanesPass {
     finish_rows(rows.of_label, rows.others, rows.max, rows.x_label, count, rows.p, rows.q, rows.ce,
                 rows.total);
     for (int64_t b = 0; b < count; ++b) {
-      rows.factor[b] *= power_of_label(rows.q[b], gamma_.value);
+      rows.factor[b] *= power_of_label(rows.q[b], gamma_);
       if (args_.stats && rows.label[b] >= 0) cpu::count(args_, rows.label[b], rows.p[b]);
     }
     combine_rows(rows.p, rows.q, rows.ce, rows.total, rows.factor, rows.scale, rows.label, count,

@@ -28,4 +28,6 @@ int64_t find_bad_label(const FocalLossArgs& args);
 void focal_loss_forward(const FocalLossArgs& args);
 void focal_loss_backward(const FocalLossArgs& args);
 
+void activation_stats(const ActivationStatsArgs& args);
+
 }  // namespace fastremedy::cpu

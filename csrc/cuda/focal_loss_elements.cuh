@@ -110,8 +110,7 @@ inline constexpr int64_t kIgnored = -2;
 FASTREMEDY_DEVICE int64_t load_label(const FocalLossArgs& args, int64_t row) {
   const int64_t label = args.labels[row];
   if (label == args.ignore_index) return kIgnored;
-  const bool has_background = args.form == FocalForm::kSigmoid && args.background != kNoBackground;
-  if (has_background && label == args.background) return kNoClass;
+  if (args.form == FocalForm::kSigmoid && label == args.background) return kNoClass;
   const bool label_is_a_class = label >= 0 && label < args.shape.classes;
   FASTREMEDY_DEVICE_ASSERT(label_is_a_class);
   return label_is_a_class ? label : kIgnored;

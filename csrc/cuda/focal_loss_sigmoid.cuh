@@ -133,7 +133,7 @@ FASTREMEDY_DEVICE void count_targets(const FocalLossArgs& args, const Span& span
     if (!span.has(k)) continue;
     if (targets.counted >> k & 1) {
       if (targets.values[k] > T(0.5)) {
-        count_label(args, place.channel(), probability_of_logit(-x[k]));
+        count_label(args, place.channel(), probability_of_target(x[k], targets.values[k]));
       }
     } else if (args.labels == nullptr || place.channel() == 0) {
       count_ignored(args);

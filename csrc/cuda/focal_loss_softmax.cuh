@@ -167,7 +167,7 @@ class SoftRow {
   FASTREMEDY_DEVICE SoftRow(const SoftmaxState<T>& state, const Gamma<T>& gamma)
       : state_(state), gamma_(gamma), log1p_rest_(static_cast<T>(::log1p(state.rest))) {
     if constexpr (kKind == GammaKind::kAny) {
-      power_of_max_ = power_of_label(state.rest / (T(1) + state.rest), gamma.value);
+      power_of_max_ = power_of_label(state.rest / (T(1) + state.rest), gamma);
     }
   }
 
@@ -244,7 +244,7 @@ template <class T>
 FASTREMEDY_DEVICE RowResult<T> hard_row(const FocalLossArgs& args, const SoftmaxPlan<T>& plan,
                                         const ClassTerms<T>& terms, const SoftmaxState<T>& state,
                                         int64_t label) {
-  const T factor = weight_of(args, plan, label) * power_of_label(terms.q, plan.gamma.value);
+  const T factor = weight_of(args, plan, label) * power_of_label(terms.q, plan.gamma);
   const LossAndSlope<T> result = focal_of_class(terms, factor, plan.gamma.value);
   return {result.loss, {state.max, result.slope / (T(1) + state.rest), -result.slope * terms.q}};
 }

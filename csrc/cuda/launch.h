@@ -60,6 +60,23 @@ int launch_focal_loss_forward(const FocalLossArgs& args, const FocalLossScratch&
                               void* stream);
 int launch_focal_loss_backward(const FocalLossArgs& args, void* stream);
 
+// What launch_activation_stats needs beside the tensors.
+struct ActivationStatsScratch {
+  uint32_t* counters;  // 0 before and after every launch
+  void* partials;
+};
+struct ActivationStatsScratchSize {
+  size_t num_counters;
+  size_t partial_bytes;
+};
+ActivationStatsScratchSize activation_stats_scratch_size(const StatsTensor* host_tensors,
+                                                         int32_t num_tensors);
+
+// Tensors travel as kernel arguments: one launch for each kMaxStatsTensors of them.
+inline constexpr int32_t kMaxStatsTensors = 64;
+int launch_activation_stats(const ActivationStatsArgs& args, const ActivationStatsScratch& scratch,
+                            void* stream);
+
 bool is_capturing(void* stream);
 
 const char* error_string(int code);

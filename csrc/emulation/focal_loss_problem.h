@@ -54,7 +54,7 @@ class FocalLossProblem {
     args_.pos_weight = class_values(c_.has_pos_weight);
     args_.label_smoothing = c_.smoothing;
     args_.ignore_index = kIgnore;
-    args_.background = c_.has_background ? kBackground : kNoBackground;
+    args_.background = c_.has_background ? kBackground : kIgnore;
     num_losses_ = c_.reduction != Reduction::kNone ? 1 : is_sigmoid() ? numel : rows;
     args_.loss = allocate(c_.loss_dtype, num_losses_);
     args_.loss_dtype = c_.loss_dtype;

@@ -13,7 +13,6 @@ from .. import backends
 from ..ops import focal_loss_dispatch as dispatch
 from ..ops.dispatch import KERNEL_DTYPES, has_kernels, is_plain, is_traced
 from ..ops.focal_loss import (
-    NO_BACKGROUND,
     PROBABILITY_UNIT,
     REDUCTIONS,
     ClassVectors,
@@ -232,7 +231,7 @@ def focal_loss_with_stats(
         alpha_value,
         float(label_smoothing),
         ignore_index,
-        NO_BACKGROUND if background_class is None else background_class,
+        ignore_index if background_class is None else background_class,
     )
     loss, sums = _run(input, target, classes, options, wants_stats)
     if reduction == "none" and is_single:
@@ -374,7 +373,7 @@ def _kernels_take(input: Tensor, target: Tensor, classes: ClassVectors) -> bool:
             vector.dtype not in KERNEL_DTYPES
             or vector.requires_grad
             or not vector.is_contiguous()
-            or vector.is_neg()
+            or (not torch.compiler.is_compiling() and vector.is_neg())
         ):
             return False
     return True

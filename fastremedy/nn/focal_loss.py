@@ -214,4 +214,5 @@ def class_balanced_alpha(counts: Tensor | Sequence[int], beta: float) -> Tensor:
     log_beta = math.log(beta) if beta > 0 else -math.inf
     effective = torch.where(n > 0, -torch.expm1(n * log_beta), torch.inf)
     weights = effective.reciprocal()
-    return (weights / weights.sum() * (n > 0).sum()).float()
+    total = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)  # 0 without any sample
+    return (weights / total * (n > 0).sum()).float()

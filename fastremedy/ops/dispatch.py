@@ -35,8 +35,12 @@ def is_plain(input: Tensor, others: Sequence[Tensor | None] = ()) -> bool:
 
 
 def is_traced(input: Tensor) -> bool:
-    """Whether a tracer, whose tensors are of other types, wants to see an operator."""
-    return torch.compiler.is_compiling() or type(input) not in _PLAIN_TYPES
+    """Whether a tracer, by its mode or its types of tensors, wants to see an operator."""
+    return (
+        torch.compiler.is_compiling()
+        or type(input) not in _PLAIN_TYPES
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def has_kernels(stem: str, device_type: str) -> bool:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 # The place of a name is its number in csrc/core/focal_loss.h.
 REDUCTIONS = ("none", "mean", "sum")
 
-NO_BACKGROUND = -(2**63)
 PROBABILITY_UNIT = 2.0**-32
 
 
@@ -50,15 +49,8 @@ def composite(input: Tensor, target: Tensor, classes: ClassVectors, options: Opt
         classes: vectors of the classes.
         options: the rest.
     """
-    return reduce(*terms(input, target, classes, options), options)
-
-
-def terms(
-    input: Tensor, target: Tensor, classes: ClassVectors, options: Options
-) -> tuple[Tensor, Tensor]:
-    """Return the losses before reduction, and what their mean divides by."""
-    form = _softmax if options.softmax else _sigmoid
-    return form(input, target, classes, options)
+    call = problem(input, target, classes, options)
+    return reduce(call.losses(options.gamma), call.normalizer, options)
 
 
 def reduce(losses: Tensor, normalizer: Tensor, options: Options) -> Tensor:
@@ -69,84 +61,137 @@ def reduce(losses: Tensor, normalizer: Tensor, options: Options) -> Tensor:
     return losses.sum() / normalizer if reduction == "mean" else losses.sum()
 
 
-def _sigmoid(
-    x: Tensor, target: Tensor, classes: ClassVectors, options: Options
-) -> tuple[Tensor, Tensor]:
-    alpha, weight, pos_weight = (_per_class(v, x) for v in classes)
-    if is_labels(target):
-        ignored = (target == options.ignore_index).unsqueeze(1).expand_as(x)
-        target = is_label(target, x, options).to(x.dtype)
-    else:
-        ignored = target == options.ignore_index
-    x = x.masked_fill(ignored, 0.0)
-    t = target.to(x.dtype).masked_fill(ignored, 0.0)
-    t = t * (1 - options.label_smoothing) + options.label_smoothing / 2
-    q = t * (-x).sigmoid() + (1 - t) * x.sigmoid()  # 1 - p_t, without a difference
-    log_q = F.logsigmoid(torch.where(t > 0.5, -x, x))  # where q is so small that t is 0 or 1
-    log_p = F.logsigmoid(x) if pos_weight is None else pos_weight * F.logsigmoid(x)
-    ce = -(t * log_p + (1 - t) * F.logsigmoid(-x))
-    losses = _power(q, log_q, options.gamma) * ce
-    share = alpha if alpha is not None else options.alpha
-    if alpha is not None or options.alpha >= 0:
-        losses = losses * (share * t + (1 - share) * (1 - t))
-    if weight is not None:
-        losses = losses * weight
-    return losses.masked_fill(ignored, 0.0), (~ignored).sum()
+class Terms(NamedTuple):
+    """What the loss of an element or class consists of."""
+
+    q: Tensor  # 1 - p_t, not as a difference
+    log_q: Tensor
+    ce: Tensor  # cross entropy
+
+    def power(self, gamma: float) -> Tensor:
+        """Return ``q ** gamma``, with finite derivatives of first and second order."""
+        if gamma == 0:
+            return torch.ones_like(self.q)
+        small = is_small(self.q)
+        of_small = (gamma * self.log_q).exp()
+        return torch.where(small, of_small, self.q.masked_fill(small, 1.0) ** gamma)
 
 
-def _softmax(
-    x: Tensor, target: Tensor, classes: ClassVectors, options: Options
-) -> tuple[Tensor, Tensor]:
-    alpha, weight, _ = (_per_class(v, x) for v in classes)
-    smoothing, num_classes = options.label_smoothing, x.shape[1]
-    factor = options.alpha if alpha is None else alpha
-    if not is_labels(target):
-        ignored = torch.zeros_like(target[:, 0], dtype=torch.bool)
-        normalizer = (~ignored).sum()
-        t = target.to(x.dtype) * (1 - smoothing) + smoothing / num_classes
-    else:
-        ignored = target == options.ignore_index
-        x = x.masked_fill(ignored.unsqueeze(1), 0.0)
-        label = is_label(target, x, options)
-        normalizer = (~ignored).sum()
-        if weight is not None:
-            normalizer = (label * weight).sum()
-        t = label * (1 - smoothing) + smoothing / num_classes
-    if weight is not None:
-        factor = factor * weight
-    if is_labels(target) and smoothing == 0:
-        q, log_q, ce = _one_class(x, label)
-        losses = _power(q, log_q, options.gamma) * ce * (label * factor).sum(1)
-    else:
+def is_small(q: Tensor) -> Tensor:
+    """Whether q may have lost its digits, or a power of it would overflow."""
+    return q < math.sqrt(torch.finfo(q.dtype).smallest_normal)
+
+
+class Sigmoid(NamedTuple):
+    """Every element of ``[N, C, *]`` with its target."""
+
+    x: Tensor
+    t: Tensor
+    factor: Tensor | float  # alpha_t and weight
+    pos_weight: Tensor | float
+    ignored: Tensor
+    normalizer: Tensor
+
+    def terms(self) -> Terms:
+        """Return what the loss consists of."""
+        x, t = self.x, self.t
+        q = t * (-x).sigmoid() + (1 - t) * x.sigmoid()
+        log_q = F.logsigmoid(torch.where(t > 0.5, -x, x))  # where q is so small that t is 0 or 1
+        ce = -(t * self.pos_weight * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
+        return Terms(q, log_q, ce)
+
+    def losses(self, gamma: float) -> Tensor:
+        """Return the loss of every element."""
+        terms = self.terms()
+        return (terms.power(gamma) * terms.ce * self.factor).masked_fill(self.ignored, 0.0)
+
+    def grads(self, gamma: float, grad_losses: Tensor) -> Tensor:
+        """Return the gradient of ``x``."""
+        t, terms, p, not_p = self.t, self.terms(), self.x.sigmoid(), (-self.x).sigmoid()
+        slope = (1 - t) * p - self.pos_weight * t * not_p
+        if gamma != 0:
+            ratio = torch.where(is_small(terms.q), 1.0, p * not_p / terms.q)
+            slope = slope + gamma * (1 - 2 * t) * ratio * terms.ce
+        slope = terms.power(gamma) * slope * self.factor
+        return (slope * grad_losses).masked_fill(self.ignored, 0.0)
+
+
+class Softmax(NamedTuple):
+    """Every row of ``[N, C, *]`` with the probabilities of its classes."""
+
+    x: Tensor
+    t: Tensor
+    factor: Tensor | float  # alpha and weight
+    ignored: Tensor
+    normalizer: Tensor
+
+    def terms(self) -> tuple[Terms, Tensor]:
+        """Return what the loss consists of, and the probabilities."""
+        x = self.x - self.x.detach().amax(1, keepdim=True)
         top = torch.zeros_like(x, dtype=torch.bool).scatter(1, x.argmax(1, keepdim=True), True)
-        q, log_q, ce = _one_class(x, top)
         log_p = F.log_softmax(x, 1)
-        p = log_p.exp().masked_fill(top, 0.0)
-        q, log_q, ce = (
-            torch.where(top, of_top.unsqueeze(1), of_others)
-            for of_top, of_others in ((q, 1 - p), (log_q, (-p).log1p()), (ce, -log_p))
-        )
+        p = log_p.exp()
+        others = p.masked_fill(top, 0.0)
+        of_top, of_others = one_class(x, top), Terms(1 - others, (-others).log1p(), -log_p)
+        q, log_q, ce = (torch.where(top, a, b) for a, b in zip(of_top, of_others, strict=True))
         # A class that is not in the target adds nothing, whatever its logit is.
-        terms = torch.where(t == 0, 0.0, t * _power(q, log_q, options.gamma) * ce)
-        losses = (terms * factor).sum(1)
-    return losses.masked_fill(ignored, 0.0), normalizer
+        return Terms(q, log_q, ce.masked_fill((self.t == 0) & (log_p == -math.inf), 0.0)), p
+
+    def losses(self, gamma: float) -> Tensor:
+        """Return the loss of every row."""
+        terms, _ = self.terms()
+        losses = (self.t * terms.power(gamma) * terms.ce * self.factor).sum(1)
+        return losses.masked_fill(self.ignored, 0.0)
+
+    def grads(self, gamma: float, grad_losses: Tensor) -> Tensor:
+        """Return the gradient of ``x``."""
+        terms, p = self.terms()
+        ce_by_q = torch.where(terms.q > 0, terms.ce / terms.q, 1.0)
+        times = torch.where(p == 0, 1.0, 1 + gamma * p * ce_by_q)
+        slopes = self.t * self.factor * terms.power(gamma) * times
+        grads = p * (slopes.sum(1, keepdim=True) - slopes) - terms.q * slopes
+        return (grads * grad_losses.unsqueeze(1)).masked_fill(self.ignored.unsqueeze(1), 0.0)
 
 
-def _one_class(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return 1 - p, its logarithm and -log(p) of one class in every row: two of a sigmoid."""
+def one_class(x: Tensor, chosen: Tensor) -> Terms:
+    """Return the terms of one class in every row, ``[N, 1, *]``: those of a sigmoid."""
     if x.shape[1] == 1:  # there is no other
-        zero = x[:, 0] * 0
-        return zero, zero - math.inf, zero
-    u = x.masked_fill(chosen, -math.inf).logsumexp(1) - (x * chosen).sum(1)
-    return u.sigmoid(), F.logsigmoid(u), -F.logsigmoid(-u)
+        zero = x * 0
+        return Terms(zero, zero - math.inf, zero)
+    others = x.masked_fill(chosen, -math.inf).logsumexp(1, keepdim=True)
+    u = others - x.masked_fill(~chosen, 0.0).sum(1, keepdim=True)
+    return Terms(u.sigmoid(), F.logsigmoid(u), -F.logsigmoid(-u))
 
 
-def _power(q: Tensor, log_q: Tensor, gamma: float) -> Tensor:
-    """Return ``q ** gamma``, with finite derivatives of first and second order for every q."""
-    if gamma == 0:
-        return torch.ones_like(q)
-    small = q < torch.finfo(q.dtype).smallest_normal ** 0.5
-    return torch.where(small, (gamma * log_q).exp(), q.masked_fill(small, 1.0) ** gamma)
+def problem(
+    x: Tensor, target: Tensor, classes: ClassVectors, options: Options
+) -> Sigmoid | Softmax:
+    """Return logits and targets ``[N, C, *]`` in the dtype of ``x``, and what they count."""
+    alpha, weight, pos_weight = (_per_class(v, x) for v in classes)
+    share = options.alpha if alpha is None else alpha
+    smoothing = options.label_smoothing
+    ignored = target == options.ignore_index  # rows with labels, otherwise elements
+    has_labels = is_labels(target)
+    if has_labels:
+        rows, ignored = ignored, ignored.unsqueeze(1).expand_as(x)
+        t = is_label(target, x, options).to(x.dtype)
+    else:
+        ignored &= not options.softmax
+        rows = ignored[:, 0]
+        t = target.to(x.dtype)
+    x, t = x.masked_fill(ignored, 0.0), t.masked_fill(ignored, 0.0)
+    if options.softmax:
+        normalizer = (~rows).sum()
+        if weight is not None and has_labels:
+            normalizer = (t * weight).sum()
+        t = t * (1 - smoothing) + smoothing / x.shape[1]
+        return Softmax(x, t, share if weight is None else share * weight, rows, normalizer)
+    t = t * (1 - smoothing) + smoothing / 2
+    factor = 1.0 if weight is None else weight
+    if alpha is not None or options.alpha >= 0:
+        factor = factor * (share * t + (1 - share) * (1 - t))
+    of_positives = 1.0 if pos_weight is None else pos_weight
+    return Sigmoid(x, t, factor, of_positives, ignored, (~ignored).sum())
 
 
 def _per_class(vector: Tensor | None, x: Tensor) -> Tensor | None:
@@ -239,22 +284,17 @@ def forward(
     grad_input: Tensor | None,
 ) -> None:
     """Write ``loss`` and what else is not None, but ``saved``: ``FocalLossArgs`` in torch."""
+    assert grad_input is None, "kernels for the CPU alone write it with the loss"
     options = Options(softmax, reduction, gamma, alpha, label_smoothing, ignore_index, background)
-    classes = ClassVectors(alphas, weight, pos_weight)
     x, target = _rows(input, target, outer, num_classes, inner)
     check_labels(target, num_classes, options)
-    x = x.double().requires_grad_(grad_input is not None)
-    with torch.set_grad_enabled(grad_input is not None):
-        losses, divisor = terms(x, target, classes, options)
-        total = reduce(losses, divisor, options)
-    if grad_input is not None:
-        (grad,) = torch.autograd.grad(total, x)
-        _in_order(grad_input, x.shape).copy_(grad)
-    _in_order(loss, losses.shape if reduction == 0 else ()).copy_(total.detach())
+    call = problem(x.double(), target, ClassVectors(alphas, weight, pos_weight), options)
+    result = reduce(call.losses(gamma), call.normalizer, options)
+    _in_order(loss, result.shape).copy_(result)
     if normalizer is not None:
-        normalizer.copy_(divisor)
+        normalizer.copy_(call.normalizer)
     if stats is not None:
-        stats.copy_(measure(x.detach(), target, options))
+        stats.copy_(measure(x.double(), target, options))
 
 
 def backward(
@@ -281,12 +321,12 @@ def backward(
     """Write ``grad_input``; ``saved`` and ``normalizer`` are not needed here."""
     options = Options(softmax, reduction, gamma, alpha, label_smoothing, ignore_index, background)
     x, target = _rows(input, target, outer, num_classes, inner)
-    with torch.enable_grad():
-        x = x.double().requires_grad_()
-        losses, divisor = terms(x, target, ClassVectors(alphas, weight, pos_weight), options)
-        total = reduce(losses, divisor, options)
-    (grad,) = torch.autograd.grad(total, x, _in_order(grad_output, total.shape).double())
-    _in_order(grad_input, x.shape).copy_(grad)
+    call = problem(x.double(), target, ClassVectors(alphas, weight, pos_weight), options)
+    name, shape = REDUCTIONS[reduction], (outer, inner) if softmax else x.shape
+    grad_losses = _in_order(grad_output, shape if name == "none" else ()).double()
+    if name == "mean":
+        grad_losses = grad_losses / call.normalizer
+    _in_order(grad_input, x.shape).copy_(call.grads(gamma, grad_losses.expand(shape)))
 
 
 def _rows(

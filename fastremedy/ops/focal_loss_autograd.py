@@ -52,8 +52,11 @@ class FocalLoss(torch.autograd.Function):
         """Return the gradient of the input."""
         grad: Tensor | None = None
         if grad_output is not None:
-            plain = is_plain(grad_output) and not torch.is_grad_enabled()
-            grad = (_backward if plain else _differentiable_backward)(ctx, grad_output)
+            # Compilers trace this with gradients off, and may not be asked what a tensor is.
+            is_first = torch.compiler.is_compiling() or (
+                is_plain(grad_output) and not torch.is_grad_enabled()
+            )
+            grad = (_backward if is_first else _differentiable_backward)(ctx, grad_output)
         return grad, None, None, None, None, None, None, None, None
 
 
