@@ -67,14 +67,12 @@ def stock_softmax(input: Tensor, target: Tensor) -> Tensor:
 
 
 def _sum_of_sigmoid(inputs: Tensor, targets: Tensor) -> Tensor:
-    loss = sigmoid_focal_loss(inputs, targets, reduction="sum")
-    assert isinstance(loss, Tensor)
+    loss: Tensor = sigmoid_focal_loss(inputs, targets, reduction="sum")
     return loss
 
 
 def _mean_of_softmax(input: Tensor, target: Tensor) -> Tensor:
-    loss = focal_loss(input, target)
-    assert isinstance(loss, Tensor)
+    loss: Tensor = focal_loss(input, target)
     return loss
 
 

@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 BEGIN = "<!-- printed by benchmarks/table.py: begin -->"
 END = "<!-- end -->"
 OPERATIONS = {
+    "activation_stats": "`Statistics`",
     "adamw": "clip + AdamW step",
     "batch_norm_relu": "`BatchNormReLU2d`",
     "clip_grad_norm": "`clip_`",

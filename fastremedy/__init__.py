@@ -1,6 +1,6 @@
 """Cures for the common ailments of neural-network training, faster than stock PyTorch."""
 
-from . import backends, functional, nn, ops, optim
+from . import backends, functional, nn, ops, optim, stats
 from ._version import __version__
 from .clip import clip_, clip_value_, grad_norm
 
@@ -14,4 +14,5 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "stats",
 ]

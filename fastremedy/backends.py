@@ -24,7 +24,7 @@ import torch
 from . import _native
 
 NAMES = ("cuda", "triton", "cpu", "torch")
-STEMS = ("clip_grad_norm", "adamw", "batch_norm_relu", "focal_loss")
+STEMS = ("clip_grad_norm", "adamw", "batch_norm_relu", "focal_loss", "activation_stats")
 
 _environment = os.environ.get("FASTREMEDY_BACKEND") or None
 _chosen: str | None = None

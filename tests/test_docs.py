@@ -92,6 +92,7 @@ PUBLIC = [
     "nn.SigmoidFocalLoss",
     "nn.FocalLoss",
     "nn.class_balanced_alpha",
+    "stats.Statistics",
 ]
 
 

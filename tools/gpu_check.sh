@@ -44,7 +44,8 @@ sanitize() {
   fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 "$ours" -m pytest \
     -p no:cacheprovider --maxfail=1 -k "cuda and not triton" \
-    tests/test_clip_grad_norm.py tests/test_adamw.py tests/test_batch_norm_relu.py tests/test_focal_loss.py
+    tests/test_clip_grad_norm.py tests/test_adamw.py tests/test_batch_norm_relu.py tests/test_focal_loss.py \
+    tests/test_activation_stats.py
 }
 export -f sanitize
 export ours

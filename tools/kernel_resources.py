@@ -23,7 +23,7 @@ from pathlib import Path
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-TRITON_MODULES = ("clip_grad_norm", "adamw", "batch_norm_relu", "focal_loss")
+TRITON_MODULES = ("clip_grad_norm", "adamw", "batch_norm_relu", "focal_loss", "activation_stats")
 
 WIDE_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64|b128)\b")
 RESOURCE_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")

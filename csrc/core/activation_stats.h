@@ -13,13 +13,14 @@
 
 namespace fastremedy {
 
-// sum((x - pilot)^k) for k = 1 to 4, and sum(|x|).
+// sum((x - pilot)^k) for k = 1 to 4, and sum(|x|). In float the differences have to be of a size
+// whose fourth power is there: above 4e9 it overflows, below 3e-10 (vanishing gradients) it is 0.
 template <class T>
 struct PowerSums {
   T s1 = 0, s2 = 0, s3 = 0, s4 = 0, l1 = 0;
 
-  FASTREMEDY_HD void add(T x, T pilot) {
-    const T d = x - pilot, d2 = d * d;
+  FASTREMEDY_HD void add(T x, T d) {
+    const T d2 = d * d;
     s1 += d;
     s2 += d2;
     s3 += d2 * d;

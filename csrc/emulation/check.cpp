@@ -40,6 +40,7 @@ int main() {
   check_adamw();
   check_batch_norm_relu();
   check_focal_loss();
+  check_activation_stats();
   std::printf("%d failures\n", num_failures);
   return num_failures == 0 ? 0 : 1;
 }

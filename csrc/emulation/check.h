@@ -24,6 +24,7 @@ void check_clip_grad_norm();
 void check_adamw();
 void check_batch_norm_relu();
 void check_focal_loss();
+void check_activation_stats();
 
 inline int num_failures = 0;
 

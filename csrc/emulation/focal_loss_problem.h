@@ -215,7 +215,8 @@ class FocalLossProblem {
                                          class_value(args_.pos_weight, c, 1));
     sum_ += elements_[i].loss;
     normalizer_ += 1;
-    if (target > 0.5) count(c, 1 / (1 + std::exp(-x)));
+    const Wide p = 1 / (1 + std::exp(-x));
+    if (target > 0.5) count(c, target * p + (1 - target) * (1 - p));
   }
 
   void find_exact_row(int64_t row) {

@@ -1,6 +1,7 @@
 // The native library: tensor tables and launches. Operators of csrc/ops register themselves.
 #include <pybind11/pybind11.h>
 
+#include "activation_stats.h"
 #include "adamw.h"
 #include "batch_norm_relu.h"
 #include "clip_grad_norm.h"
@@ -30,4 +31,5 @@ PYBIND11_MODULE(FASTREMEDY_MODULE, module) {
   host::bind_adamw(module);
   host::bind_batch_norm_relu(module);
   host::bind_focal_loss(module);
+  host::bind_activation_stats(module);
 }

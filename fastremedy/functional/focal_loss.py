@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def sigmoid_focal_loss(
     ignore_index: int = -100,
     background_class: int | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, FocalLossStats]:
+) -> Any:  # a Tensor, unless return_stats asks for more
     """Return the focal loss of independent yes-or-no questions (Lin et al., 2017).
 
     Equivalent to: ``torchvision.ops.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)``,
@@ -136,7 +136,7 @@ def focal_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, FocalLossStats]:
+) -> Any:  # a Tensor, unless return_stats asks for more
     """Return the focal loss of a choice among classes: ``-(1 - p_t)**gamma * log(p_t)``.
 
     Equivalent to: with ``gamma=0``, ``F.cross_entropy(input, target, weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,18 +40,24 @@ class Kernels(NamedTuple):
 
 def kernels_of(backend: str) -> Kernels:
     """Return the entries of a backend; they take the arguments of the definition in its order."""
+    if backend == "cpu":
+        return _cpu_kernels()
     if backend == "torch":
         return Kernels(definition.forward, definition.backward)
     if backend == "triton":
         module = triton_kernels(STEM)
         return Kernels(module.forward, module.backward)
     native = _native.module_for(backend)
-    if backend == "cpu":
-        return Kernels(native.batch_norm_relu_forward, native.batch_norm_relu_backward)
     return Kernels(
         _with_scratch(native, native.batch_norm_relu_forward, input_position=0),
         _with_scratch(native, native.batch_norm_relu_backward, input_position=1),
     )
+
+
+@functools.cache
+def _cpu_kernels() -> Kernels:
+    native = _native.module_for("cpu")
+    return Kernels(native.batch_norm_relu_forward, native.batch_norm_relu_backward)
 
 
 def _with_scratch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,16 +27,21 @@ class Kernels(NamedTuple):
 
 def kernels_of(backend: str) -> Kernels:
     """Return the entries of a backend; they take the arguments of the definition in its order."""
+    if backend == "cpu":
+        return _cpu_kernels()
     if backend == "torch":
         return Kernels(definition.forward, definition.backward)
     if backend == "triton":
         module = triton_kernels(STEM)
         return Kernels(module.forward, module.backward)
     native = _native.module_for(backend)
-    forward = native.focal_loss_forward
-    return Kernels(
-        forward if backend == "cpu" else _with_scratch(native, forward), native.focal_loss_backward
-    )
+    return Kernels(_with_scratch(native, native.focal_loss_forward), native.focal_loss_backward)
+
+
+@functools.cache
+def _cpu_kernels() -> Kernels:
+    native = _native.module_for("cpu")
+    return Kernels(native.focal_loss_forward, native.focal_loss_backward)
 
 
 def _with_scratch(native: Any, entry: Callable[..., None]) -> Callable[..., None]:

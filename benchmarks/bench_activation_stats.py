@@ -1,0 +1,80 @@
+"""Statistics in one read against torch's own reductions, eager and compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastremedy import bench
+from fastremedy.stats import Statistics
+
+
+@dataclass(frozen=True)
+class StatsCase:
+    """An activation ``[N, C, H, H]``."""
+
+    shape: tuple[int, ...]
+    rounds: int
+    dtype: torch.dtype = torch.float32
+    target: float | None = None
+
+    def __str__(self) -> str:
+        """Return a name such as ``64x256x56x56``."""
+        dtype = "" if self.dtype == torch.float32 else f"-{self.dtype}".replace("torch.", "")
+        return "x".join(map(str, self.shape)) + dtype
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def _cases() -> list[tuple[torch.device, StatsCase]]:
+    result = []
+    large, small = (64, 256, 56, 56), (64, 100)
+    for device in bench.devices():
+        if device.type == "cpu":
+            result.append((device, StatsCase(large, 7, target=60)))
+            result.append((device, StatsCase(small, 200)))
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            result += [(device, StatsCase(shape, 50, dtype)) for shape in (large, small)]
+    return result
+
+
+CASES = _cases()
+
+
+def stock(x: Tensor) -> tuple[Tensor, ...]:
+    """Return what our kernels return in one read, but for the histogram."""
+    variance, mean = torch.var_mean(x, correction=0)
+    d = x - mean
+    squares = d * d
+    third, fourth = (squares * d).mean(), (squares * squares).mean()
+    least, most = x.aminmax()
+    counts = ((x == 0).sum(), (x < 0).sum(), x.isnan().sum(), x.isinf().sum())
+    return mean, variance, third, fourth, least, most, x.abs().sum(), *counts
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile has deprecation warnings of its own
+@pytest.mark.parametrize("histogram", [False, True], ids=["moments", "histogram"])
+@pytest.mark.parametrize(("device", "case"), CASES, ids=str)
+def bench_statistics(
+    device: torch.device, case: StatsCase, histogram: bool, compare: Callable[..., None]
+) -> None:
+    x = torch.randn(case.shape, device=device, dtype=case.dtype)
+    statistics = Statistics(histogram=histogram, device=device)
+    compiled = torch.compile(stock)
+    candidates: bench.Candidates = {
+        bench.OURS: lambda: statistics.update(x),
+        bench.STOCK: lambda: stock(x),
+        bench.COMPILED: lambda: compiled(x),
+    }
+    note = "with histogram, which stock has not" if histogram else ""
+    num_bytes = case.dtype.itemsize
+    compare("activation_stats", case, candidates, device, note=note, bytes_per_element=num_bytes)

@@ -1,0 +1,267 @@
+// Statistics of tensors: pieces of 64 K elements about their own pilot, merged in order, so that
+// the result is the same for any number of threads.
+#include "../core/activation_stats.h"
+
+#include "activation_stats_loops.h"
+#include "blocks.h"
+#include "launch.h"
+#include "parallel.h"
+
+namespace fastremedy::cpu {
+namespace {
+
+constexpr int64_t kPieceSize = 65536;
+constexpr int64_t kPilotElements = 16;
+
+// Below so many values of a row its histogram counts one by one: tables have to be emptied.
+constexpr int64_t kFewValues = 16384;
+
+// Rows [begin, end) of the outer dimension, of channels [first_channel, first_channel +
+// num_channels). Of a tensor as a whole: elements [begin, end).
+struct Piece {
+  const StatsTensor* tensor;
+  int64_t begin, end, first_channel, num_channels;
+  int64_t first_partial;
+};
+
+// What a piece says about a row.
+struct Partial {
+  int64_t row;
+  Moments moments;
+  int64_t counts[kNumCounts] = {};
+};
+
+// Cuts tensors into pieces; returns the number of partials.
+int64_t cut(const ActivationStatsArgs& args, std::vector<Piece>* pieces) {
+  int64_t num_partials = 0;
+  for (const StatsTensor* tensor = args.tensors; tensor < args.tensors + args.num_tensors;
+       ++tensor) {
+    if (tensor->numel() == 0) continue;
+    const int64_t channels = tensor->channels, inner = tensor->inner;
+    const bool is_whole = channels == 1;
+    // Channels of a piece: all if they lie side by side; those of long lines in the order of
+    // memory; otherwise one, which would have too few values in each piece.
+    int64_t together = 1;
+    if (inner == 1) together = channels;
+    if (inner >= kBlockSize) together = std::max<int64_t>(1, kPieceSize / inner);
+    const int64_t rows = is_whole ? tensor->numel() : tensor->outer;
+    const int64_t row_size = is_whole ? 1 : std::min(together, channels) * inner;
+    const int64_t step = std::max<int64_t>(1, kPieceSize / row_size);
+    for (int64_t begin = 0; begin < rows; begin += step) {
+      for (int64_t c = 0; c < channels; c += together) {
+        const int64_t num_channels = std::min(together, channels - c);
+        pieces->push_back(
+            {tensor, begin, std::min(begin + step, rows), c, num_channels, num_partials});
+        num_partials += num_channels;
+      }
+    }
+  }
+  return num_partials;
+}
+
+// The median of a few evenly spaced elements out of n, which is within a standard deviation of the
+// mean whatever the outliers are, and the size of what lies around it; get(i) reads one.
+template <class T, class Get>
+Pilot<T> choose_pilot(int64_t n, const Get& get) {
+  T samples[kPilotElements];
+  int64_t count = 0;
+  const int64_t num_elements = std::min(n, kPilotElements);
+  for (int64_t k = 0; k < num_elements; ++k) {
+    const T x = get(k * n / num_elements);
+    if (is_finite(x)) samples[count++] = x;
+  }
+  if (count == 0) return {};
+  std::sort(samples, samples + count);
+  const T median = samples[count / 2];
+  const T spread = std::max(samples[count - 1] - median, median - samples[0]);
+  const T size = spread > T(0) && is_finite(spread) ? spread : std::fabs(median);
+  const int exponent = size > T(0) ? std::clamp(std::ilogb(size), -100, 100) : 0;
+  return {median, static_cast<T>(std::ldexp(1.0, -exponent))};
+}
+
+// Sums of the values of one row.
+template <class T>
+class Accumulator {
+ public:
+  Accumulator(const Pilot<T>& pilot, uint32_t* tables, int64_t* histogram)
+      : pilot_(pilot), tables_(tables), histogram_(histogram) {}
+
+  void add(const T* values, int64_t n) {
+    for (; n > 0; values += kBlockSize, n -= kBlockSize) {
+      add_stretch(values, std::min(n, kBlockSize));
+    }
+  }
+
+  void finish(Partial* partial) const {
+    partial->moments =
+        central_moments(static_cast<double>(num_finite_), static_cast<double>(pilot_.value),
+                        powers_, static_cast<double>(min_), static_cast<double>(max_));
+    std::copy_n(counts_, kNumCounts, partial->counts);
+    if (!histogram_ || !tables_) return;
+    for (int64_t b = 0; b < kNumBuckets; ++b) {
+      int64_t count = 0;
+      for (int64_t t = 0; t < kNumTables; ++t) count += tables_[t * kTableSize + b];
+      if (count > 0) __atomic_fetch_add(histogram_ + b, count, __ATOMIC_RELAXED);
+    }
+    std::fill_n(tables_, kNumTables * kTableSize, 0);
+  }
+
+ private:
+  void add_stretch(const T* values, int64_t n) {
+    const StretchSums<T> sums = tables_ ? sum_stretch<true>(values, n, pilot_, tables_)
+                                        : sum_stretch<false>(values, n, pilot_, tables_);
+    if (!sums.has_lost(pilot_)) {
+      const double unit = 1 / static_cast<double>(pilot_.scale);
+      powers_.s1 += static_cast<double>(sums.powers.s1) * unit;
+      powers_.s2 += static_cast<double>(sums.powers.s2) * (unit * unit);
+      powers_.s3 += static_cast<double>(sums.powers.s3) * (unit * unit * unit);
+      powers_.s4 += static_cast<double>(sums.powers.s4) * (unit * unit * unit * unit);
+      powers_.l1 += static_cast<double>(sums.powers.l1);
+      count(Count::kZero) += sums.num_zero;
+      count(Count::kNegative) += sums.num_negative;
+      num_finite_ += n;
+      min_ = std::min(min_, sums.min);
+      max_ = std::max(max_, sums.max);
+    } else {
+      for (int64_t i = 0; i < n; ++i) add_with_care(values[i]);
+    }
+    if (histogram_ && !tables_) {
+      for (int64_t i = 0; i < n; ++i) {
+        __atomic_fetch_add(histogram_ + bucket_of(values[i]), 1, __ATOMIC_RELAXED);
+      }
+    }
+  }
+
+  void add_with_care(T x) {
+    if (!is_finite(x)) {
+      ++count(x != x ? Count::kNaN : x > T(0) ? Count::kPositiveInf : Count::kNegativeInf);
+      return;
+    }
+    powers_.add(static_cast<double>(x), static_cast<double>(x) - static_cast<double>(pilot_.value));
+    count(Count::kZero) += x == T(0);
+    count(Count::kNegative) += x < T(0);
+    ++num_finite_;
+    min_ = std::min(min_, x);
+    max_ = std::max(max_, x);
+  }
+
+  int64_t& count(Count which) { return counts_[static_cast<int>(which)]; }
+
+  const Pilot<T> pilot_;
+  uint32_t* const tables_;
+  int64_t* const histogram_;
+  int64_t num_finite_ = 0;
+  PowerSums<double> powers_;
+  T min_ = static_cast<T>(HUGE_VAL), max_ = -static_cast<T>(HUGE_VAL);
+  int64_t counts_[kNumCounts] = {};
+};
+
+template <class T>
+class PiecePass {
+ public:
+  PiecePass(const ActivationStatsArgs& args, const Piece& piece, Partial* partials)
+      : args_(args), piece_(piece), tensor_(*piece.tensor), partials_(partials) {}
+
+  void run() {
+    const int64_t num_rows = piece_.end - piece_.begin;
+    if (tensor_.channels > 1 && tensor_.inner == 1) {
+      run_channels(num_rows);
+    } else if (tensor_.channels == 1) {
+      run_lines(0, 1, num_rows, [&](int64_t) { return piece_.begin; });
+    } else {
+      for (int64_t c = 0; c < piece_.num_channels; ++c) {
+        run_lines(c, num_rows, tensor_.inner, [&](int64_t line) {
+          const int64_t row = piece_.begin + line, channel = piece_.first_channel + c;
+          return (row * tensor_.channels + channel) * tensor_.inner;
+        });
+      }
+    }
+  }
+
+ private:
+  // The lines of channel c of the piece.
+  template <class BeginOf>
+  void run_lines(int64_t c, int64_t num_lines, int64_t line_size, const BeginOf& begin_of) {
+    const int64_t numel = num_lines * line_size;
+    const Pilot<T> pilot = choose_pilot<T>(
+        numel, [&](int64_t i) { return *load(begin_of(i / line_size) + i % line_size, 1); });
+    Accumulator<T> sums = accumulator(c, pilot, numel);
+    for (int64_t line = 0; line < num_lines; ++line) {
+      const int64_t begin = begin_of(line);
+      for (int64_t i = 0; i < line_size; i += kBlockSize) {
+        const int64_t n = std::min(kBlockSize, line_size - i);
+        sums.add(load(begin + i, n), n);
+      }
+    }
+    sums.finish(partials_ + c);
+  }
+
+  // Channels side by side: turned into lines first.
+  void run_channels(int64_t num_rows) {
+    const int64_t channels = tensor_.channels;
+    const int64_t stride = num_rows + kNumLanes<T>;  // lines of a power of 2 would share cache sets
+    LineVector<T> lines(stride * channels);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      for (int64_t c = 0; c < channels; c += kBlockSize) {
+        const int64_t n = std::min(kBlockSize, channels - c);
+        const T* const values = load((piece_.begin + r) * channels + c, n);
+        for (int64_t k = 0; k < n; ++k) lines[(c + k) * stride + r] = values[k];
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* const line = lines.data() + c * stride;
+      const Pilot<T> pilot = choose_pilot<T>(num_rows, [&](int64_t i) { return line[i]; });
+      Accumulator<T> sums = accumulator(c, pilot, num_rows);
+      sums.add(line, num_rows);
+      sums.finish(partials_ + c);
+    }
+  }
+
+  Accumulator<T> accumulator(int64_t c, const Pilot<T>& pilot, int64_t numel) {
+    partials_[c].row = tensor_.first_row + piece_.first_channel + c;
+    if (!args_.histogram) return {pilot, nullptr, nullptr};
+    if (numel >= kFewValues) tables_.resize(kNumTables * kTableSize);
+    int64_t* const histogram = args_.histogram + partials_[c].row * kNumBuckets;
+    return {pilot, tables_.empty() ? nullptr : tables_.data(), histogram};
+  }
+
+  const T* load(int64_t begin, int64_t n) {
+    return block_.load(const_cast<void*>(tensor_.data), tensor_.dtype, begin, n);
+  }
+
+  const ActivationStatsArgs& args_;
+  const Piece& piece_;
+  const StatsTensor& tensor_;
+  Partial* const partials_;
+  LineVector<uint32_t> tables_;
+  Block<T> block_;
+};
+
+void merge_into(const ActivationStatsArgs& args, const Partial& partial) {
+  auto* const row = reinterpret_cast<Moments*>(args.moments) + partial.row;
+  *row = merge(*row, partial.moments);
+  int64_t* const counts = args.counts + partial.row * kNumCounts;
+  for (int k = 0; k < kNumCounts; ++k) counts[k] += partial.counts[k];
+}
+
+}  // namespace
+
+void activation_stats(const ActivationStatsArgs& args) {
+  if (args.armed && *args.armed == 0) return;
+  std::vector<Piece> pieces;
+  std::vector<Partial> partials(cut(args, &pieces));
+  const auto num_pieces = static_cast<int64_t>(pieces.size());
+  // A few pieces take less time than waking threads.
+  parallel_for(num_pieces, false, num_pieces <= 2, [&](int64_t i) {
+    const Piece& piece = pieces[i];
+    Partial* const first = partials.data() + piece.first_partial;
+    if (piece.tensor->dtype == DType::kFloat64) {
+      PiecePass<double>(args, piece, first).run();
+    } else {
+      PiecePass<float>(args, piece, first).run();
+    }
+  });
+  for (const Partial& partial : partials) merge_into(args, partial);
+}
+
+}  // namespace fastremedy::cpu
