@@ -83,8 +83,9 @@ def expected_of(values: Tensor) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def histogram_of(values: Tensor) -> Tensor:
-    """Count the upper 12 bits of values as float32."""
-    bits = values.detach().cpu().float().reshape(-1).resolve_neg().numpy().view(np.uint32)
+    """Count the upper 12 bits of values that are finite as float32."""
+    floats = values.detach().cpu().float().reshape(-1).resolve_neg()
+    bits = floats[floats.isfinite()].numpy().view(np.uint32)
     return torch.from_numpy(np.bincount(bits >> 20, minlength=4096))
 
 

@@ -28,6 +28,11 @@ from .activation_stats_reference import (
 from .batch_norm_reference import LAYOUTS, is_slow
 from .reference import FLOATS, HALVES, few_examples
 
+# NumPy, under Triton's interpreter, warns of sums that overflow and are then taken again.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
+
 MOMENTS = ("mean", "var", "std", "skewness", "kurtosis", "l1", "l2")
 
 

@@ -15,6 +15,7 @@ from .rounding import widen
 
 NUM_BUCKETS = tl.constexpr(4096)
 SIGN_BUCKET = tl.constexpr(2048)  # the first of negative values
+FIRST_NON_FINITE_BUCKET = tl.constexpr(255 << 3)  # of either sign
 
 # Buckets counted without atomics: for each sign zero and the 63 up to the largest magnitude of the
 # first tile, eight octaves. Of normal values they hold 99 %.
@@ -150,6 +151,7 @@ def window_base(low, high):
 def count_buckets(window, row_ptr, x, finite, base, CHANNELS_LAST: tl.constexpr):
     """Return the window with a tile added to it; what is not inside goes to its row at once."""
     bucket = _bucket_of(x)
+    finite = finite & ((bucket & (SIGN_BUCKET - 1)) < FIRST_NON_FINITE_BUCKET)  # as a float
     if CHANNELS_LAST:
         bucket += tl.arange(0, x.shape[1])[None, :] * NUM_BUCKETS
         bucket = tl.where(finite, bucket, -1)

@@ -335,7 +335,11 @@ def merge_kernel(
             piece = _load_moments(pointer, num_partials, split < num_splits)
             count += tl.sum(piece[0], 0)
             total += tl.sum(piece[0] * piece[1], 0)
-        mean = total / tl.maximum(count, 1.0)
+            low = tl.minimum(low, tl.min(piece[6], 0))
+            high = tl.maximum(high, tl.max(piece[7], 0))
+        # Rounding must not move the mean of equal values.
+        mean = tl.minimum(tl.maximum(total / tl.maximum(count, 1.0), low), high)
+        mean = tl.where(count > 0, mean, 0.0)
         m2, m3, m4 = _about(mean, row)
         for start in range(0, num_splits, MERGED_SPLITS):
             split = start + tl.arange(0, MERGED_SPLITS)
@@ -346,8 +350,6 @@ def merge_kernel(
             m3 += tl.sum(about3, 0)
             m4 += tl.sum(about4, 0)
             l1 += tl.sum(piece[5], 0)
-            low = tl.minimum(low, tl.min(piece[6], 0))
-            high = tl.maximum(high, tl.max(piece[7], 0))
         results = (count, mean, m2, m3, m4, l1, low, high)
         for i in tl.static_range(NUM_MOMENTS):
             tl.store(row_ptr + i, results[i])

@@ -91,9 +91,14 @@ inline constexpr int kNumCounts = 5;
 
 inline constexpr int kNumBuckets = 4096;
 
-// From the largest positive NaN to -0: positive values have their order, negative ones the reverse.
+// Positive values have their order, negative ones the reverse. NaN, infinities and what is one as a
+// float share the exponent 255, whose buckets stay empty.
 FASTREMEDY_HD uint32_t bucket_of(float x) { return bit_cast<uint32_t>(x) >> 20; }
 FASTREMEDY_HD uint32_t bucket_of(double x) { return bucket_of(static_cast<float>(x)); }
+
+FASTREMEDY_HD bool is_finite_bucket(uint32_t bucket) {
+  return bucket % (kNumBuckets / 2) < (255u << 3);
+}
 
 template <class T>
 FASTREMEDY_HD bool is_finite(T x) {

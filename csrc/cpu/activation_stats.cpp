@@ -59,8 +59,8 @@ int64_t cut(const ActivationStatsArgs& args, std::vector<Piece>* pieces) {
   return num_partials;
 }
 
-// The median of a few evenly spaced elements out of n, which is within a standard deviation of the
-// mean whatever the outliers are, and the size of what lies around it; get(i) reads one.
+// The mean of a few evenly spaced elements out of n but for the outermost, which may be outliers,
+// and the size of what lies around it; get(i) reads one.
 template <class T, class Get>
 Pilot<T> choose_pilot(int64_t n, const Get& get) {
   T samples[kPilotElements];
@@ -72,11 +72,16 @@ Pilot<T> choose_pilot(int64_t n, const Get& get) {
   }
   if (count == 0) return {};
   std::sort(samples, samples + count);
-  const T median = samples[count / 2];
-  const T spread = std::max(samples[count - 1] - median, median - samples[0]);
-  const T size = spread > T(0) && is_finite(spread) ? spread : std::fabs(median);
+  const T least = samples[count / 8], most = samples[count - 1 - count / 8];
+  double sum = 0;
+  for (int64_t k = count / 8; k < count - count / 8; ++k) sum += static_cast<double>(samples[k]);
+  const double num_inner = static_cast<double>(count - count / 8 * 2);
+  // Rounding must not move the mean of equal values.
+  const T mean = std::clamp(static_cast<T>(sum / num_inner), least, most);
+  const T spread = std::max(samples[count - 1] - mean, mean - samples[0]);
+  const T size = spread > T(0) && is_finite(spread) ? spread : std::fabs(mean);
   const int exponent = size > T(0) ? std::clamp(std::ilogb(size), -100, 100) : 0;
-  return {median, static_cast<T>(std::ldexp(1.0, -exponent))};
+  return {mean, static_cast<T>(std::ldexp(1.0, -exponent))};
 }
 
 // Sums of the values of one row.
@@ -101,7 +106,9 @@ class Accumulator {
     for (int64_t b = 0; b < kNumBuckets; ++b) {
       int64_t count = 0;
       for (int64_t t = 0; t < kNumTables; ++t) count += tables_[t * kTableSize + b];
-      if (count > 0) __atomic_fetch_add(histogram_ + b, count, __ATOMIC_RELAXED);
+      if (count > 0 && is_finite_bucket(static_cast<uint32_t>(b))) {
+        __atomic_fetch_add(histogram_ + b, count, __ATOMIC_RELAXED);
+      }
     }
     std::fill_n(tables_, kNumTables * kTableSize, 0);
   }
@@ -127,7 +134,10 @@ class Accumulator {
     }
     if (histogram_ && !tables_) {
       for (int64_t i = 0; i < n; ++i) {
-        __atomic_fetch_add(histogram_ + bucket_of(values[i]), 1, __ATOMIC_RELAXED);
+        const uint32_t bucket = bucket_of(values[i]);
+        if (is_finite_bucket(bucket)) {
+          __atomic_fetch_add(histogram_ + bucket, 1, __ATOMIC_RELAXED);
+        }
       }
     }
   }

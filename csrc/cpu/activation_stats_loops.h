@@ -16,7 +16,7 @@ struct Pilot {
   T scale = 1;  // a power of 2, so that it changes no digit
 };
 
-// Sums of a stretch of up to 1024 elements, in T: 128 additions follow each other at most.
+// Sums of a stretch of up to 1024 elements, in T.
 template <class T>
 struct StretchSums {
   PowerSums<T> powers;
@@ -50,25 +50,35 @@ FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t
   Vector min = Vector{} + sums.min, max = Vector{} + sums.max;
   Mask num_zero = {}, num_negative = {};
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    if constexpr (kHasTables) {
-      for (int64_t k = 0; k < kWidth; ++k) {
-        ++tables[k % kNumTables * kTableSize + bucket_of(values[i + k])];
+  while (i + kWidth <= n) {
+    // Equal values round the same way every time: 32 in a row, then the next 32.
+    Vector t1 = {}, t2 = {}, t3 = {}, t4 = {}, t5 = {};
+    const int64_t end = std::min(n - kWidth + 1, i + 32 * kWidth);
+    for (; i < end; i += kWidth) {
+      if constexpr (kHasTables) {
+        for (int64_t k = 0; k < kWidth; ++k) {
+          ++tables[k % kNumTables * kTableSize + bucket_of(values[i + k])];
+        }
       }
+      Vector x;
+      std::memcpy(&x, values + i, sizeof(x));
+      const Vector d = (x - pilot.value) * pilot.scale, d2 = d * d;
+      t1 += d;
+      t2 += d2;
+      t3 += d2 * d;
+      t4 += d2 * d2;
+      const Mask is_negative = x < T(0);
+      t5 += is_negative ? -x : x;
+      num_negative -= is_negative;
+      num_zero -= x == T(0);
+      min = x < min ? x : min;
+      max = x > max ? x : max;
     }
-    Vector x;
-    std::memcpy(&x, values + i, sizeof(x));
-    const Vector d = (x - pilot.value) * pilot.scale, d2 = d * d;
-    s1 += d;
-    s2 += d2;
-    s3 += d2 * d;
-    s4 += d2 * d2;
-    const Mask is_negative = x < T(0);
-    l1 += is_negative ? -x : x;
-    num_negative -= is_negative;
-    num_zero -= x == T(0);
-    min = x < min ? x : min;
-    max = x > max ? x : max;
+    s1 += t1;
+    s2 += t2;
+    s3 += t3;
+    s4 += t4;
+    l1 += t5;
   }
   const auto sum = [&](const auto& vector) {
     typename std::remove_const_t<std::remove_reference_t<decltype(vector[0])>> total = 0;

@@ -49,7 +49,7 @@ class RowBuckets {
     if (num_frequent_ > 0) atomicAdd(&counts_[frequent_], num_frequent_);
     __syncthreads();
     for (int i = threadIdx.x; i < kNumBuckets; i += kStatsBlockSize) {
-      add_count(histogram_ + i, counts_[i]);
+      if (is_finite_bucket(i)) add_count(histogram_ + i, counts_[i]);
     }
     __syncthreads();  // the memory is used again
   }
@@ -76,7 +76,9 @@ class ColumnBuckets {
     ++num_repeated_;
   }
 
-  FASTREMEDY_DEVICE void finish() { add_count(histogram_ + repeated_, num_repeated_); }
+  FASTREMEDY_DEVICE void finish() {
+    if (is_finite_bucket(repeated_)) add_count(histogram_ + repeated_, num_repeated_);
+  }
 
  private:
   int64_t* const histogram_;

@@ -154,7 +154,8 @@ class StatsProblem {
     for (int64_t i = 0; i < tensor.outer * tensor.inner; ++i) {
       const int64_t sample = i / tensor.inner * tensor.channels + channel;
       const double x = get(tensor.data, tensor.dtype, sample * tensor.inner + i % tensor.inner);
-      buckets[bucket_of(static_cast<float>(x))] += times;
+      const uint32_t bucket = bucket_of(static_cast<float>(x));
+      if (is_finite_bucket(bucket)) buckets[bucket] += times;
       const int kind = x != x                      ? 2
                        : x == HUGE_VAL             ? 3
                        : x == -HUGE_VAL            ? 4

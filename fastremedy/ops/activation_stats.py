@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MOMENTS = ("count", "mean", "m2", "m3", "m4", "l1", "min", "max")
 COUNTS = ("zero", "negative", "nan", "positive_inf", "negative_inf")
 NUM_BUCKETS = 4096
+FIRST_NON_FINITE_BUCKET = 255 << 3  # of either sign; these and those behind stay empty
 
 Sizes = tuple[int, int, int]  # outer, channels, inner
 
@@ -55,14 +57,14 @@ def moments_of(rows: Tensor) -> Tensor:
     x = rows.double()
     finite = x.isfinite()
     n = finite.sum(1).double()
+    # One more value of each, for rows without any.
+    least = F.pad(torch.where(finite, x, math.inf), (0, 1), value=math.inf).amin(1)
+    most = F.pad(torch.where(finite, x, -math.inf), (0, 1), value=-math.inf).amax(1)
     zeroed = torch.where(finite, x, 0.0)
-    mean = zeroed.sum(1) / n.clamp(min=1)
+    # Rounding must not move the mean of equal values.
+    mean = torch.where(n > 0, (zeroed.sum(1) / n).clamp(least, most), 0.0)
     d = torch.where(finite, x - mean[:, None], 0.0)
     powers = [d.pow(k).sum(1) for k in (2, 3, 4)]
-    least = torch.where(finite, x, math.inf).amin(1) if x.shape[1] else torch.full_like(n, math.inf)
-    most = (
-        torch.where(finite, x, -math.inf).amax(1) if x.shape[1] else -torch.full_like(n, math.inf)
-    )
     return torch.stack([n, mean, *powers, zeroed.abs().sum(1), least, most], 1)
 
 
@@ -77,7 +79,8 @@ def histogram_of(rows: Tensor) -> Tensor:
     """Return ``[R, 4096]``: how many values have the same sign, exponent and 3 mantissa bits."""
     buckets = rows.float().contiguous().view(torch.int32).long().bitwise_and(0xFFFFFFFF) >> 20
     counts = buckets.new_zeros(rows.shape[0], NUM_BUCKETS)
-    return counts.scatter_add_(1, buckets, torch.ones_like(buckets))
+    finite = buckets % (NUM_BUCKETS // 2) < FIRST_NON_FINITE_BUCKET
+    return counts.scatter_add_(1, buckets, finite.long())
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -101,9 +104,9 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
 
 def quantiles(histogram: Tensor, moments: Tensor, q: Tensor) -> Tensor:
     """Return quantiles ``[R, Q]`` of finite values, at most 6.1 % off; NaN where there is none."""
-    positive = torch.arange(2040, device=histogram.device)  # exponent 255 is not finite
-    order = torch.cat([2048 + positive.flip(0), positive])
-    edges = (torch.arange(2041, device=histogram.device) << 20).int()
+    positive = torch.arange(FIRST_NON_FINITE_BUCKET, device=histogram.device)
+    order = torch.cat([NUM_BUCKETS // 2 + positive.flip(0), positive])
+    edges = (torch.arange(len(positive) + 1, device=histogram.device) << 20).int()
     low, high = edges[:-1].view(torch.float32).double(), edges[1:].view(torch.float32).double()
     high[-1] = torch.finfo(torch.float32).max
     middle = (low * high).sqrt()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,9 +119,10 @@ class Statistics:
             ValueError: rows do not exist or overlap; a tensor is on another device.
             TypeError: a tensor is complex or not a tensor.
         """
-        tensors = [tensor] if isinstance(tensor, Tensor) else list(tensor)
-        rows = [row] if isinstance(row, int) else list(row)
+        tensors: list[Tensor] = _as_list("tensor", tensor, lambda t: isinstance(t, Tensor))
+        rows: list[int] = _as_list("row", row, lambda r: hasattr(r, "__index__"))
         self._check(tensors, rows, per_channel)
+        self._check_armed(armed)
         buffers = (armed, self.moments, self.counts, self.histogram)
         if any(is_traced(t) for t in tensors):
             torch.ops.fastremedy.activation_stats_(tensors, rows, per_channel, *buffers)
@@ -135,8 +137,6 @@ class Statistics:
             )
         end = 0
         for tensor, row in sorted(zip(tensors, rows, strict=True), key=lambda pair: pair[1]):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"tensor must be a Tensor, got {type(tensor).__name__}")
             if tensor.is_complex():
                 raise TypeError(f"tensor must be real, got {tensor.dtype}")
             if tensor.device != self.moments.device:
@@ -151,13 +151,27 @@ class Statistics:
                 )
             end = row + channels
 
+    def _check_armed(self, armed: Tensor | None) -> None:
+        if armed is None:
+            return
+        device = self.moments.device
+        if not isinstance(armed, Tensor):
+            raise TypeError(f"armed must be a Tensor, got {type(armed).__name__}")
+        if armed.dtype != torch.int32 or armed.numel() != 1 or armed.device != device:
+            raise ValueError(
+                f"armed must be one int32 on {device}, got {armed.dtype} {list(armed.shape)} on "
+                f"{armed.device}"
+            )
+
+    def _kind(self) -> str:
+        return f"{self.num_rows} rows and {'no' if self.histogram is None else 'a'} histogram"
+
     def merge(self, other: Statistics) -> None:
         """Add what ``other`` holds, row by row, as if its values had been given to this one."""
-        if other.num_rows != self.num_rows or (other.histogram is None) != (self.histogram is None):
-            raise ValueError(
-                f"other must have {self.num_rows} rows and "
-                f"{'no' if self.histogram is None else 'a'} histogram, got {other.num_rows} rows"
-            )
+        if not isinstance(other, Statistics):
+            raise TypeError(f"other must be Statistics, got {type(other).__name__}")
+        if other._kind() != self._kind():
+            raise ValueError(f"other must have {self._kind()}, got {other._kind()}")
         device = self.moments.device
         self.moments.copy_(merge(self.moments, other.moments.to(device)))
         self.counts += other.counts.to(device)
@@ -207,7 +221,10 @@ class Statistics:
         )
 
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
-        """Return quantiles of the finite values ``[R, Q]``, at most 6.1 % off (float32's range).
+        """Return quantiles of the finite values ``[R, Q]``, at most 6.1 % off.
+
+        That holds for the normal numbers of float32; smaller values count as zero, and larger ones
+        are left out.
 
         Args:
             q: in [0, 1]; 0.5 is the median.
@@ -222,3 +239,13 @@ class Statistics:
         if not bool(((points >= 0) & (points <= 1)).all()):
             raise ValueError(f"q must be in [0, 1], got {q}")
         return quantiles(self.histogram, self.moments, points.to(self.moments.device))
+
+
+def _as_list(name: str, value: Any, is_one: Callable[[Any], bool]) -> list[Any]:
+    """Return one value or several as a list; fail if anything else is among them."""
+    values = list(value) if isinstance(value, Iterable) and not is_one(value) else [value]
+    for item in values:
+        if not is_one(item):
+            kind = "a Tensor" if name == "tensor" else "an integer"
+            raise TypeError(f"{name} must be {kind}, got {type(item).__name__}, or a sequence")
+    return values
