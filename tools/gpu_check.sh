@@ -60,7 +60,7 @@ export out
 
 stage build 110 make build SYSTEM=1 PYTHON="$python"
 stage info 20 "$ours" -m fastremedy info
-stage test 190 "$ours" -m pytest tests --numprocesses 6 &
+stage test 190 "$ours" -m pytest tests --numprocesses 12 &
 stage memcheck 190 bash -c 'sanitize memcheck' &
 stage racecheck 190 bash -c 'sanitize racecheck' &
 wait
