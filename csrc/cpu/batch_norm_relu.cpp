@@ -60,7 +60,8 @@ class Forward : Pass<T> {
   void begin_rows(int64_t begin, int64_t end) {
     layout_.for_each_pilot_of_rows(begin, end, [&](const Tile& tile, int64_t n) {
       auto input = reader(args_.input);
-      sum_heads(input.load(tile), tile.row_size, tile.num_rows, n, &pilot_[tile.channel]);
+      sum_heads(input.load(tile.begin, tile.size()), tile.row_size, tile.num_rows, n,
+                &pilot_[tile.channel]);
     });
     const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
     for (int64_t c = begin; c < end; ++c) pilot_[c] = usable_pilot(pilot_[c] * inv_count);
@@ -69,7 +70,7 @@ class Forward : Pass<T> {
   void begin_columns() {
     layout_.for_each_pilot_of_columns([&](const Tile& tile) {
       auto input = reader(args_.input);
-      add_to(&pilot_[tile.column], input.load(tile), tile.size());
+      add_to(&pilot_[tile.column], input.load(tile.begin, tile.size()), tile.size());
     });
     const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
     for (T& pilot : pilot_) pilot = usable_pilot(pilot * inv_count);
@@ -78,13 +79,14 @@ class Forward : Pass<T> {
 
   void sum_rows(const Tile& tile, double* sums, double* sums_of_squares) const {
     auto input = reader(args_.input);
-    cpu::sum_rows(input.load(tile), tile.row_size, tile.num_rows, &pilot_[tile.channel], sums,
-                  sums_of_squares);
+    cpu::sum_rows(input.load(tile.begin, tile.size()), tile.row_size, tile.num_rows,
+                  &pilot_[tile.channel], sums, sums_of_squares);
   }
 
   void sum_columns(const Tile& tile, T* sums, T* sums_of_squares) const {
     auto input = reader(args_.input);
-    cpu::sum_columns(input.load(tile), tile.size(), &pilot_[tile.column], sums, sums_of_squares);
+    cpu::sum_columns(input.load(tile.begin, tile.size()), tile.size(), &pilot_[tile.column], sums,
+                     sums_of_squares);
   }
 
   void finish(int64_t begin, int64_t end, const double* sums, const double* sums_of_squares) {
@@ -185,19 +187,19 @@ class Forward : Pass<T> {
     const int64_t n = tile.size();
     auto input = reader(args_.input);
     auto output = writer(args_.output);
-    const T* x = input.load(tile);
-    T* y = output.place(tile);
+    const T* x = input.load(tile.begin, tile.size());
+    T* y = output.place(tile.begin);
     if (is_plain_) {
       normalize(std::integral_constant<Activation, kActivation>(), x, y);
     } else {
       alignas(64) T z[kBlockSize];
       normalize(std::integral_constant<Activation, Activation::kIdentity>(), x, z);
       auto residual = reader(args_.residual);
-      if (args_.residual) add_to(z, residual.load(tile), n);
+      if (args_.residual) add_to(z, residual.load(tile.begin, tile.size()), n);
       if (args_.mask || args_.dead) find_positive(z, flags, n, options_.threshold);
       activate_all<kActivation>(z, y, n, options_);
     }
-    output.store(tile);
+    output.store(tile.size());
     if (args_.mask) layout_.for_each_mask_row(tile, flags, args_.mask, pack_bits);
   }
 

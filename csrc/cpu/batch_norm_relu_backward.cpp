@@ -154,8 +154,8 @@ class Backward : Pass<T> {
   void visit(const Tile& tile, const Normalize& normalize_tile, const Use& use) const {
     const int64_t n = tile.size();
     auto input = reader(args_.input), grad_output = reader(args_.grad_output);
-    const T* x = input.load(tile);
-    const T* grad = grad_output.load(tile);
+    const T* x = input.load(tile.begin, tile.size());
+    const T* grad = grad_output.load(tile.begin, tile.size());
     alignas(64) T g[kBlockSize];
     if (args_.mask) {
       uint8_t flags[kBlockSize];
@@ -168,7 +168,7 @@ class Backward : Pass<T> {
       alignas(64) T z[kBlockSize];
       normalize_tile(x, z);
       auto residual = reader(args_.residual);
-      add_to(z, residual.load(tile), n);
+      add_to(z, residual.load(tile.begin, tile.size()), n);
       find_activation_grads<kActivation>(z, grad, g, n, options_);
     } else {
       return use(std::integral_constant<Activation, kActivation>(), x, grad);
@@ -182,18 +182,18 @@ class Backward : Pass<T> {
       const int64_t n = tile.size();
       if (args_.grad_residual) {
         auto grad_residual = writer(args_.grad_residual);
-        std::copy_n(g, n, grad_residual.place(tile));
-        grad_residual.store(tile);
+        std::copy_n(g, n, grad_residual.place(tile.begin));
+        grad_residual.store(tile.size());
       }
       if (args_.grad_input == nullptr) return;
       auto grad_input = writer(args_.grad_input);
-      T* dx = grad_input.place(tile);
+      T* dx = grad_input.place(tile.begin);
       if (args_.training) {
         write(activation, std::true_type(), x, g, dx);
       } else {
         write(activation, std::false_type(), x, g, dx);
       }
-      grad_input.store(tile);
+      grad_input.store(tile.size());
     });
   }
 

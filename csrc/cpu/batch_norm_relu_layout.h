@@ -7,10 +7,9 @@
 #include <algorithm>
 
 #include "../core/arguments.h"
-#include "blocks.h"
 #include "parallel.h"
 #include "simd.h"
-#include "stream.h"
+#include "tensor_block.h"
 
 namespace fastremedy::cpu {
 
@@ -40,11 +39,7 @@ class Layout {
 
   // Whether results go past the cache: those that would not stay there until they are read, if they
   // are of rows. Columns are a stream already.
-  bool streams() const {
-    constexpr int64_t kCacheBytes = 16 << 20;  // half of a usual L3
-    const int64_t num_bytes = shape_.channels * count() * element_size(shape_.dtype);
-    return !shape_.channels_last && num_bytes >= kCacheBytes;
-  }
+  bool streams() const { return !shape_.channels_last && shape_.bytes() >= kStreamedBytes; }
 
   // How many numbers of channels the tiles ask for.
   int64_t period() const { return shape_.channels * (shape_.channels_last ? tile_rows_ : 1); }

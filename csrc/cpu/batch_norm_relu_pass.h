@@ -7,53 +7,10 @@
 #include "batch_norm_relu_channels.h"
 #include "batch_norm_relu_layout.h"
 #include "batch_norm_relu_loops.h"
-#include "blocks.h"
 #include "simd.h"
-#include "stream.h"
+#include "tensor_block.h"
 
 namespace fastremedy::cpu {
-
-// A tensor of any dtype to read, tile by tile as T.
-template <class T>
-class Input {
- public:
-  Input(const void* data, DType dtype) : data_(const_cast<void*>(data)), dtype_(dtype) {}
-  const T* load(const Tile& tile) { return block_.load(data_, dtype_, tile.begin, tile.size()); }
-
- private:
-  void* const data_;
-  const DType dtype_;
-  Block<T> block_;
-};
-
-// One tile of a tensor of any dtype to write: place, then store.
-template <class T>
-class Output {
- public:
-  Output(void* data, DType dtype, bool streams)
-      : data_(data), dtype_(dtype), streams_(streams && element_size(dtype) == sizeof(T)) {}
-
-  T* place(const Tile& tile) {
-    memory_ = block_.place(data_, dtype_, tile.begin);
-    return streams_ ? copy_ : memory_;
-  }
-  void store(const Tile& tile) {
-    if (streams_) {
-      stream_bytes(reinterpret_cast<char*>(memory_), reinterpret_cast<const char*>(copy_),
-                   tile.size() * sizeof(T));
-    } else {
-      block_.store(tile.size());
-    }
-  }
-
- private:
-  void* const data_;
-  const DType dtype_;
-  const bool streams_;
-  T* memory_ = nullptr;
-  Block<T> block_;
-  alignas(64) T copy_[kBlockSize];
-};
 
 // What both directions share.
 template <class T>
@@ -70,8 +27,8 @@ class Pass {
         scale_(layout_.period()),
         shift_(layout_.period()) {}
 
-  Input<T> reader(const void* data) const { return {data, layout_.dtype()}; }
-  Output<T> writer(void* data) const { return {data, layout_.dtype(), layout_.streams()}; }
+  TensorBlock<T> reader(const void* data) const { return {data, layout_.dtype()}; }
+  TensorBlock<T> writer(void* data) const { return {data, layout_.dtype(), layout_.streams()}; }
 
   void prefetch(const void* data, int64_t begin, int64_t n) const {
     constexpr int64_t kLineBytes = 64;

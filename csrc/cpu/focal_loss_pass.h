@@ -3,18 +3,14 @@
 
 #include <vector>
 
-#include "blocks.h"
 #include "focal_loss_loops.h"
 #include "parallel.h"
-#include "stream.h"
+#include "tensor_block.h"
 
 namespace fastremedy::cpu {
 
 // A piece of work for a thread: about 50 us.
 inline constexpr int64_t kRangeSize = 65536;
-
-// From here on results leave the cache before anybody reads them.
-inline constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 double load_scalar(const void* address, DType dtype);
 void store_scalar(void* address, DType dtype, double value);
@@ -54,39 +50,6 @@ void count(const FocalLossArgs& args, int64_t c, T p_t) {
   add_to(args.stats + c, 1);
   add_to(args.stats + args.shape.classes + c, in_probability_units(p_t));
 }
-
-// Part of a tensor of any dtype: load to read it, or fill place() and store.
-template <class T>
-class TensorBlock {
- public:
-  TensorBlock(const void* data, DType dtype, bool streams = false)
-      : data_(const_cast<void*>(data)),
-        dtype_(dtype),
-        streams_(streams && element_size(dtype) == sizeof(T)) {}
-
-  bool is_null() const { return data_ == nullptr; }
-  const T* load(int64_t begin, int64_t n) { return block_.load(data_, dtype_, begin, n); }
-  T* place(int64_t begin) {
-    memory_ = block_.place(data_, dtype_, begin);
-    return streams_ ? copy_ : memory_;
-  }
-  void store(int64_t n) {
-    if (streams_) {
-      stream_bytes(reinterpret_cast<char*>(memory_), reinterpret_cast<const char*>(copy_),
-                   n * sizeof(T));
-    } else {
-      block_.store(n);
-    }
-  }
-
- private:
-  void* const data_;
-  const DType dtype_;
-  const bool streams_;
-  T* memory_ = nullptr;
-  Block<T> block_;
-  alignas(64) T copy_[kBlockSize];
-};
 
 // use(constant) with gamma's kind as a template argument.
 template <class Use>
