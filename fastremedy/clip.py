@@ -6,11 +6,25 @@ import math
 import types
 import warnings
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .ops import dispatch
+
+
+class Observer(Protocol):
+    """Sees what :func:`clip_` clips."""
+
+    def before_clipping(self, tensors: list[Tensor]) -> None:
+        """See the parameters whose gradients are about to be clipped."""
+
+    def after_clipping(self, tensors: list[Tensor], norms: Tensor) -> None:
+        """See the 2-norms before clipping, float64, of those tensors that have a gradient."""
+
+
+observers: list[Observer] = []
 
 
 def clip_(
@@ -72,7 +86,21 @@ def clip_(
                     "this error and scale the gradients by the non-finite norm anyway, "
                     "set `error_if_nonfinite=False`"
                 )
-        return dispatch.clip_grad_norm_(tensors, max_norm, norm_type, from_grad=True)
+        if not observers or norm_type != 2.0:
+            return dispatch.clip_grad_norm_(tensors, max_norm, norm_type, from_grad=True)
+        return _clip_observed(tensors, max_norm)
+
+
+def _clip_observed(tensors: list[Tensor], max_norm: float) -> Tensor:
+    watching = list(observers)
+    for observer in watching:
+        observer.before_clipping(tensors)
+
+    def observe(norms: Tensor) -> None:
+        for observer in watching:
+            observer.after_clipping(tensors, norms)
+
+    return dispatch.clip_grad_norm_(tensors, max_norm, 2.0, from_grad=True, observe=observe)
 
 
 def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> Tensor:

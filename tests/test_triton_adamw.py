@@ -220,6 +220,22 @@ def test_gradients_of_other_dtypes_and_tensor_lr() -> None:
         assert_same_bits(actual, expected)
 
 
+def test_statistics_with_gradients_of_other_dtypes() -> None:
+    columns = make_columns(torch.bfloat16, torch.float32, "master")
+    other = copy.deepcopy(columns)
+    (halves,) = make_steps(columns, 1)
+    grads = [halves[0], None, halves[2], torch.randn(1025, device=DEVICE)]
+    size = (len(SIZES), len(definition.UPDATE_STATS))
+    stats, expected = (torch.full(size, -1.0, dtype=torch.float64, device=DEVICE) for _ in "ab")
+    options = Options(rounding="master")
+    adamw.AdamW(columns).step(grads, HYPERS, options, stats)
+    definition.adamw_(other, grads, HYPERS, options, expected)
+    # Values are float32, and their changes a few of its units off.
+    torch.testing.assert_close(stats[:, :2], expected[:, :2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats[:, 2], expected[:, 2], rtol=1e-5, atol=0)
+    assert torch.equal(stats[:, 3:], expected[:, 3:])
+
+
 @pytest.mark.parametrize("lr", [torch.ones(2), torch.tensor(0.1, device="meta")], ids=str)
 def test_rejected_lr(lr: Tensor) -> None:
     columns = make_columns(torch.float32, torch.float32)

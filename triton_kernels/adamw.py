@@ -2,7 +2,8 @@
 
 Launches: the norm, once per dtype of the gradients; one small kernel that turns the norm into the
 factor of the gradients, decides whether to skip, advances the steps and computes the coefficients
-of each parameter; the update, once per combination of dtypes. The host never waits.
+of each parameter; the update, once per combination of dtypes; and if its statistics are wanted, one
+small kernel that adds those of the chunks. The host never waits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastremedy.ops.adamw import ROUNDINGS, Columns, Hyper, Options, Outcome
 from fastremedy.ops.clip_grad_norm import norm_dtype
 
 from .adamw_kernels import NUM_COEFFICIENTS, NUM_HYPERS, prepare_kernel, update_kernel
+from .adamw_stats_kernels import NUM_UPDATE_STATS, finish_update_stats_kernel
 from .clip_grad_norm import NORMS, PARTIALS_BLOCK, launch_grad_norm, norm_name
 from .multi_tensor import (
     CHUNK,
@@ -37,6 +39,10 @@ from .multi_tensor import (
 from .specialisation import Specialisation
 
 ROWS_BLOCK = 256  # parameters whose coefficients are computed at a time
+CHUNKS_BLOCK = 64  # chunks whose statistics are added at a time
+
+# Elements that a thread updates at a time if it adds statistics, too: eight spill up to 88 bytes.
+MAX_MEASURED = 4
 
 # The address of an empty gradient, which is never read: torch gives 0, which here means None.
 EMPTY_GRAD = 16
@@ -78,11 +84,14 @@ class Form(NamedTuple):
             dtypes += [self.residual] * 2
         return dtypes
 
-    def constants(self, rounding: str) -> dict[str, object]:
+    def constants(self, rounding: str, measures: bool) -> dict[str, object]:
         """Return the constants of the update kernel."""
         # One 16-byte access per thread for the widest dtype: with more, values of the narrower ones
         # would have to change threads through shared memory.
         widest = max(dtype.itemsize for dtype in self.accesses(rounding))
+        per_thread = 16 // widest
+        if measures:
+            per_thread = min(per_thread, MAX_MEASURED)
         return {
             "GRAD": TRITON_DTYPES[self.grad],
             "PARAM": TRITON_DTYPES[self.param],
@@ -91,8 +100,9 @@ class Form(NamedTuple):
             "ROUNDING": self.applied(rounding),
             "AMSGRAD": self.amsgrad,
             "OPMATH": tl.float64 if self.param == torch.float64 else tl.float32,
+            "MEASURES": measures,
             "CHUNK": CHUNK,
-            "BLOCK": 16 // widest * NUM_THREADS,
+            "BLOCK": per_thread * NUM_THREADS,
         }
 
 
@@ -125,11 +135,12 @@ class AdamW:
             "steps_ptr": self._addresses(columns.steps),
             "streams_ptr": [columns.streams[row] for row in self._order],
             "groups_ptr": [columns.groups[row] for row in self._order],
+            "order_ptr": self._order,
         }
         with torch.cuda.device_of(columns.params[0]):
             self._words = upload([*itertools.chain(*table.values())], self._device)
         self._table = dict(zip(table, self._words.view(len(table), -1).unbind(), strict=True))
-        self._groups = self._table.pop("groups_ptr")
+        self._groups, self._rows = map(self._table.pop, ("groups_ptr", "order_ptr"))
 
     def _addresses(self, column: Sequence[Tensor | None]) -> list[int]:
         tensors = (column[row] for row in self._order)
@@ -154,7 +165,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(
-        self, grads: Sequence[Tensor | None], hypers: Sequence[Hyper], options: Options
+        self,
+        grads: Sequence[Tensor | None],
+        hypers: Sequence[Hyper],
+        options: Options,
+        update_stats: Tensor | None = None,
     ) -> Outcome:
         """Update every parameter whose gradient is not None.
 
@@ -163,6 +178,8 @@ class AdamW:
             hypers: one for each group that the columns name. A tensor as ``lr`` is a float32
                 scalar on the parameters' device, or on the CPU.
             options: what holds for the whole call.
+            update_stats: contiguous float64 of shape [P, NUM_UPDATE_STATS]; the rows of updated
+                parameters are written.
         """
         present = [grad for grad in grads if grad is not None]
         if not present:
@@ -183,7 +200,10 @@ class AdamW:
                     total_norm.zero_()
             if options.skip_nonfinite or options.found_inf is not None:
                 skipped = self._empty(torch.bool)
-            partials = self._empty(torch.float64, self._first_chunks[-1])
+            num_chunks, measures = self._first_chunks[-1], update_stats is not None
+            # Of the norm; once that is known, of the update.
+            size = num_chunks * NUM_UPDATE_STATS.value if measures else num_chunks
+            partials = self._empty(torch.float64, size)
             coefficients = self._empty(torch.float64, len(rows), NUM_COEFFICIENTS.value)
             if reads_grads:
                 launch_grad_norm(limits, self._table, addresses, partials, self._norm_runs, norm)
@@ -195,7 +215,7 @@ class AdamW:
                 self._groups,
                 self._table["steps_ptr"],
                 partials,
-                partials.numel(),
+                num_chunks,
                 len(rows),
                 options.grad_scale,
                 options.found_inf,
@@ -215,10 +235,24 @@ class AdamW:
                     seed_ptr=seed,
                     coefficients_ptr=coefficients,
                     skipped_ptr=skipped,
+                    partials_ptr=partials,
                     first_row=run.first_row,
                     end_row=run.end_row,
                     last_chunk=run.first_chunk + run.num_chunks - 1,
-                    **form.constants(options.rounding),
+                    **form.constants(options.rounding, measures),
+                    **LAUNCH_OPTIONS,
+                )
+            if measures:
+                finish_update_stats_kernel[(len(rows),)](
+                    self._table["first_chunks_ptr"],
+                    self._table["sizes_ptr"],
+                    addresses,
+                    self._rows,
+                    partials,
+                    skipped,
+                    update_stats,
+                    CHUNK=CHUNK,
+                    CHUNKS_BLOCK=CHUNKS_BLOCK,
                     **LAUNCH_OPTIONS,
                 )
         return Outcome(total_norm, skipped)
@@ -309,15 +343,27 @@ def specialisations() -> Iterator[Specialisation]:
         "seed_ptr": "*i64",
         "coefficients_ptr": "*fp64",
         "skipped_ptr": "*i1",
+        "partials_ptr": "*fp64",
         "first_row": "i32",
         "end_row": "i32",
         "last_chunk": "i32",
     }
-    for form, rounding in _usual_forms():
+    for measures, (form, rounding) in itertools.product((False, True), _usual_forms()):
         accesses = form.accesses(rounding)
         widest = max(dtype.itemsize for dtype in accesses)
         wide_accesses = sum(dtype.itemsize == widest for dtype in accesses)
-        yield Specialisation(update_kernel, update_types, form.constants(rounding), wide_accesses)
+        if measures and widest * MAX_MEASURED < 16:
+            wide_accesses = 0
+        constants = form.constants(rounding, measures)
+        yield Specialisation(update_kernel, update_types, constants, wide_accesses)
+    finish_types = {
+        **dict.fromkeys(("first_chunks_ptr", "sizes_ptr", "grads_ptr", "order_ptr"), "*i64"),
+        "partials_ptr": "*fp64",
+        "skipped_ptr": "*i1",
+        "update_stats_ptr": "*fp64",
+    }
+    constants = {"CHUNK": CHUNK, "CHUNKS_BLOCK": CHUNKS_BLOCK}
+    yield Specialisation(finish_update_stats_kernel, finish_types, constants)
 
 
 def _usual_forms() -> Iterator[tuple[Form, str]]:

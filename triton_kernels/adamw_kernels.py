@@ -6,6 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .adamw_stats_kernels import (
+    NUM_UPDATE_STATS,
+    add_update,
+    no_update_stats,
+    store_update_stats,
+)
 from .clip_grad_norm_kernels import clip_coefficient, combine_partials
 from .multi_tensor import NARROW_BLOCK, aligned_pointer, locate_chunk, wide_count
 from .rounding import noise_bits, noise_key, round_nearest, round_stochastic, widen
@@ -89,11 +95,17 @@ def _update_block(
     begin,
     offsets,
     mask,
+    sums,
     ROUNDING: tl.constexpr,
     AMSGRAD: tl.constexpr,
     OPMATH: tl.constexpr,
+    MEASURES: tl.constexpr,
 ):
-    """Update the elements ``begin + offsets``; a mask of None takes them all."""
+    """Update the elements ``begin + offsets``; a mask of None takes them all.
+
+    Returns:
+        The sums of the update's statistics with these elements; as they were unless MEASURES.
+    """
     grad_ptr, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, residual_ptr = pointers
     elements = begin + offsets
     grad = widen(tl.load(grad_ptr + elements, mask=mask), OPMATH)
@@ -113,6 +125,7 @@ def _update_block(
         # A master whose rounding is not the parameter is stale: that was set from outside.
         is_current = widen(round_nearest(residual, stored.dtype), OPMATH) == param
         param = tl.where(is_current, residual, param)
+    before = param
 
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = _adamw_update(
         coefficients, grad, param, exp_avg, exp_avg_sq, max_exp_avg_sq, AMSGRAD
@@ -123,19 +136,25 @@ def _update_block(
     else:
         rounded = round_nearest(param, stored.dtype)
     tl.store(param_ptr + elements, rounded, mask=mask)
+    after = widen(rounded, OPMATH)
     if ROUNDING == "kahan":
         # Infinity minus infinity: nothing is left to compensate.
-        kept = widen(rounded, OPMATH)
-        lost = tl.where(tl.abs(kept) < float("inf"), param - kept, 0.0)
-        tl.store(residual_ptr + elements, round_nearest(lost, residual.dtype), mask=mask)
+        lost = tl.where(tl.abs(after) < float("inf"), param - after, 0.0)
+        lost = round_nearest(lost, residual.dtype)
+        tl.store(residual_ptr + elements, lost, mask=mask)
+        after += widen(lost, OPMATH)
     elif ROUNDING == "master":
         tl.store(residual_ptr + elements, param, mask=mask)
+        after = param
     state_dtype: tl.constexpr = stored_avg.dtype
     tl.store(exp_avg_ptr + elements, round_nearest(exp_avg, state_dtype), mask=mask)
     tl.store(exp_avg_sq_ptr + elements, round_nearest(exp_avg_sq, state_dtype), mask=mask)
     if AMSGRAD:
         stored_max = round_nearest(max_exp_avg_sq, state_dtype)
         tl.store(max_exp_avg_sq_ptr + elements, stored_max, mask=mask)
+    if MEASURES:
+        sums = add_update(sums, grad, before, after, mask)
+    return sums
 
 
 # --- kernels ---
@@ -264,6 +283,7 @@ def update_kernel(
     seed_ptr,
     coefficients_ptr,
     skipped_ptr,
+    partials_ptr,  # [num_chunks, NUM_UPDATE_STATS] if MEASURES
     first_row,
     end_row,
     last_chunk,
@@ -274,10 +294,11 @@ def update_kernel(
     ROUNDING: tl.constexpr,
     AMSGRAD: tl.constexpr,
     OPMATH: tl.constexpr,
+    MEASURES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update the elements of each chunk.
+    """Update the elements of each chunk; if MEASURES, write the sums of its statistics.
 
     Chunks are taken backwards: the gradients that the norm read last are still in L2.
     """
@@ -320,18 +341,23 @@ def update_kernel(
             aligned_pointer(max_exp_avg_sq, STATE),
             aligned_pointer(residual, RESIDUAL),
         )
+        sums = ()
+        if MEASURES:
+            sums = no_update_stats()
         offsets = tl.arange(0, BLOCK)
         for start in range(0, num_wide, BLOCK):
-            _update_block(
+            sums = _update_block(
                 wide_pointers,
                 coefficients,
                 key,
                 begin + start,
                 offsets,
                 None,
+                sums,
                 ROUNDING,
                 AMSGRAD,
                 OPMATH,
+                MEASURES,
             )
         pointers = (
             grad.to(tl.pointer_type(GRAD)),
@@ -344,14 +370,18 @@ def update_kernel(
         offsets = tl.arange(0, NARROW_BLOCK)
         for start in range(num_wide, count, NARROW_BLOCK):
             mask = start + offsets < count
-            _update_block(
+            sums = _update_block(
                 pointers,
                 coefficients,
                 key,
                 begin + start,
                 offsets,
                 mask,
+                sums,
                 ROUNDING,
                 AMSGRAD,
                 OPMATH,
+                MEASURES,
             )
+        if MEASURES:
+            store_update_stats(partials_ptr + chunk * NUM_UPDATE_STATS, sums)

@@ -1,7 +1,8 @@
 """Norms of gradients as one vector, and clipping: ``csrc/core/clip_grad_norm.h`` in Triton.
 
-Launches: the norm, once per dtype; one small kernel that adds the partials; the scaling, once per
-dtype, which ends at once where nothing needs clipping. The host never waits.
+Launches: the norm, once per dtype; one small kernel that adds the partials, and one for those of
+each gradient if their norms are wanted; the scaling, once per dtype, which ends at once where
+nothing needs clipping. The host never waits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from fastremedy.ops.clip_grad_norm import norm_dtype
 
-from .clip_grad_norm_kernels import finish_norm_kernel, grad_norm_kernel, scale_kernel
+from .clip_grad_norm_kernels import (
+    finish_norm_kernel,
+    grad_norm_kernel,
+    scale_kernel,
+    tensor_norms_kernel,
+)
 from .multi_tensor import (
     CHUNK,
     LAUNCH_OPTIONS,
@@ -96,18 +102,23 @@ def grad_norm(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     return clip_grad_norm_(grads, math.inf, norm_type)
 
 
-def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, norm_type: float) -> Tensor:
+def clip_grad_norm_(
+    grads: Sequence[Tensor], max_norm: float, norm_type: float, norms: Tensor | None = None
+) -> Tensor:
     """Scale the gradients so that their norm is at most ``max_norm``; return the norm before.
 
     Args:
         grads: at least one; dense, real, all on one device.
         max_norm: infinity reads the gradients only.
         norm_type: any p of a p-norm.
+        norms: contiguous float64 zeros, one for each gradient: are given the norms before.
     """
     device, result_dtype = grads[0].device, norm_dtype(grads)
-    rows = sorted((grad for grad in grads if grad.numel() > 0), key=lambda grad: str(grad.dtype))
-    if not rows:
+    order = [i for i, grad in enumerate(grads) if grad.numel() > 0]
+    order.sort(key=lambda i: str(grads[i].dtype))
+    if not order:
         return torch.zeros((), dtype=result_dtype, device=device)
+    rows = [grads[i] for i in order]
     sizes = [grad.numel() for grad in rows]
     starts = first_chunks(sizes)
     runs = split_runs([grad.dtype for grad in rows], starts)
@@ -117,12 +128,13 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, norm_type: float) 
         *starts[:-1],
         *sizes,
         *(grad.data_ptr() for grad in rows),
+        *order,
     ]
     with torch.cuda.device_of(rows[0]):
         total_norm = torch.empty((), dtype=result_dtype, device=device)
-        options, columns = upload(words, device).split([2, 3 * len(rows)])
+        options, columns = upload(words, device).split([2, 4 * len(rows)])
         options = options.view(torch.float64)
-        first_chunk_numbers, numels, addresses = columns.view(3, len(rows)).unbind()
+        first_chunk_numbers, numels, addresses, places = columns.view(4, len(rows)).unbind()
         table = {"first_chunks_ptr": first_chunk_numbers, "sizes_ptr": numels}
         partials = torch.empty(starts[-1], dtype=torch.float64, device=device)
         coefficient = torch.empty((), dtype=torch.float64, device=device)
@@ -137,6 +149,18 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, norm_type: float) 
             PARTIALS_BLOCK=PARTIALS_BLOCK,
             **LAUNCH_OPTIONS,
         )
+        if norms is not None:
+            tensor_norms_kernel[(len(rows),)](
+                options,
+                **table,
+                order_ptr=places,
+                partials_ptr=partials,
+                norms_ptr=norms,
+                NORM=norm,
+                CHUNK=CHUNK,
+                PARTIALS_BLOCK=PARTIALS_BLOCK,
+                **LAUNCH_OPTIONS,
+            )
         if max_norm != math.inf:
             for dtype, run in reversed(runs):
                 scale_kernel[(run.num_chunks,)](
@@ -166,6 +190,11 @@ def specialisations() -> Iterator[Specialisation]:
         "total_norm_ptr": "*fp32",
         "coefficient_ptr": "*fp64",
     }
+    tensor_norms_types = {
+        **options,
+        **dict.fromkeys(("first_chunks_ptr", "sizes_ptr", "order_ptr"), "*i64"),
+        **dict.fromkeys(("partials_ptr", "norms_ptr"), "*fp64"),
+    }
     wide_accesses = BLOCK_BYTES // (16 * NUM_THREADS)
     for dtype in TRITON_DTYPES:
         for norm in NORMS:
@@ -177,3 +206,4 @@ def specialisations() -> Iterator[Specialisation]:
     for norm in NORMS:
         constants = {"NORM": norm, "PARTIALS_BLOCK": PARTIALS_BLOCK}
         yield Specialisation(finish_norm_kernel, finish_types, constants)
+        yield Specialisation(tensor_norms_kernel, tensor_norms_types, {**constants, "CHUNK": CHUNK})

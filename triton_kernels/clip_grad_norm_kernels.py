@@ -232,6 +232,34 @@ def finish_norm_kernel(
 
 
 @triton.jit(
+    do_not_specialize_on_alignment=[
+        "options_ptr",
+        "first_chunks_ptr",
+        "sizes_ptr",
+        "order_ptr",
+        "norms_ptr",
+    ],
+)
+def tensor_norms_kernel(
+    options_ptr,  # max_norm, norm_type
+    first_chunks_ptr,
+    sizes_ptr,
+    order_ptr,  # the caller's number of each row
+    partials_ptr,  # [num_chunks]
+    norms_ptr,  # in the caller's order
+    NORM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTIALS_BLOCK: tl.constexpr,
+):
+    """Write the norm of each gradient."""
+    row = tl.program_id(0)
+    first_ptr = partials_ptr + tl.load(first_chunks_ptr + row)
+    num_partials = tl.cdiv(tl.load(sizes_ptr + row), CHUNK).to(tl.int32)
+    norm = combine_partials(first_ptr, num_partials, tl.load(options_ptr + 1), NORM, PARTIALS_BLOCK)
+    tl.store(norms_ptr + tl.load(order_ptr + row), norm)
+
+
+@triton.jit(
     do_not_specialize=["first_row", "end_row", "last_chunk"],
     do_not_specialize_on_alignment=["first_chunks_ptr", "sizes_ptr", "grads_ptr"],
 )

@@ -51,6 +51,36 @@ struct AdamWTensor {
   uint32_t noise_stream;
 };
 
+// What a step did to one parameter: sums over its elements. The value of an element is what the
+// next step would read, with Kahan's compensation or the master where there is one.
+struct UpdateStats {
+  double grad_sq;    // of the gradient as it is in memory, before any factor
+  double weight_sq;  // of the values before the step
+  double update_sq;  // of their changes
+  double moved;      // number of values that changed
+  double stuck;      // number of values that did not, though their gradient is not 0
+};
+inline constexpr int kNumUpdateStats = 5;
+static_assert(sizeof(UpdateStats) == kNumUpdateStats * sizeof(double), "rows of float64");
+
+FASTREMEDY_HD void add_element(UpdateStats& sums, double grad, double before, double after) {
+  const double change = after - before;
+  const bool has_moved = !(after == before);  // NaN counts as moved
+  sums.grad_sq += grad * grad;
+  sums.weight_sq += before * before;
+  sums.update_sq += change * change;
+  sums.moved += has_moved ? 1.0 : 0.0;
+  sums.stuck += !has_moved && grad != 0.0 ? 1.0 : 0.0;
+}
+
+FASTREMEDY_HD void add_sums(UpdateStats& sums, const UpdateStats& others) {
+  sums.grad_sq += others.grad_sq;
+  sums.weight_sq += others.weight_sq;
+  sums.update_sq += others.update_sq;
+  sums.moved += others.moved;
+  sums.stuck += others.stuck;
+}
+
 // What depends on the step: computed once per parameter, in double.
 struct AdamWCorrection {
   double step_size;

@@ -21,6 +21,8 @@ struct GradNormArgs {
   ClipResult* result;
   void* total_norm;  // float32 or float64 scalar, may be null
   DType total_norm_dtype;
+  // Null, or [number of grads]: the norm of each gradient, 0 where there is none. With kNone null.
+  double* tensor_norms;
 };
 
 struct AdamWArgs {
@@ -32,6 +34,11 @@ struct AdamWArgs {
   int32_t num_tensors;
   Rounding rounding;
   uint64_t seed;
+  // Null, or [num_tensors]: written for every tensor that has a gradient, unless the step is
+  // skipped.
+  UpdateStats* update_stats;
+  UpdateStats* update_partials;  // [num_chunks] if update_stats is not null
+  uint32_t* update_counter;      // 0 before and after every launch; unused on the CPU
 };
 
 // One value for each channel. Null data: there is none.

@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kPieceSize = 65536;
 constexpr int64_t kPilotElements = 16;
 
-// Below so many values of a row its histogram counts one by one: tables have to be emptied.
+// Below so many values of a row its histogram counts one by one: tables have to be emptied. That
+// takes 1 ns each, or 5 if other pieces count in the same row.
 constexpr int64_t kFewValues = 16384;
 
 // Rows [begin, end) of the outer dimension, of channels [first_channel, first_channel +
@@ -88,8 +89,8 @@ Pilot<T> choose_pilot(int64_t n, const Get& get) {
 template <class T>
 class Accumulator {
  public:
-  Accumulator(const Pilot<T>& pilot, uint32_t* tables, int64_t* histogram)
-      : pilot_(pilot), tables_(tables), histogram_(histogram) {}
+  Accumulator(const Pilot<T>& pilot, uint32_t* tables, int64_t* histogram, bool is_alone)
+      : pilot_(pilot), tables_(tables), histogram_(histogram), is_alone_(is_alone) {}
 
   void add(const T* values, int64_t n) {
     for (; n > 0; values += kBlockSize, n -= kBlockSize) {
@@ -135,7 +136,10 @@ class Accumulator {
     if (histogram_ && !tables_) {
       for (int64_t i = 0; i < n; ++i) {
         const uint32_t bucket = bucket_of(values[i]);
-        if (is_finite_bucket(bucket)) {
+        if (!is_finite_bucket(bucket)) continue;
+        if (is_alone_) {
+          ++histogram_[bucket];
+        } else {
           __atomic_fetch_add(histogram_ + bucket, 1, __ATOMIC_RELAXED);
         }
       }
@@ -160,6 +164,7 @@ class Accumulator {
   const Pilot<T> pilot_;
   uint32_t* const tables_;
   int64_t* const histogram_;
+  const bool is_alone_;  // no other piece counts in the histogram
   int64_t num_finite_ = 0;
   PowerSums<double> powers_;
   T min_ = static_cast<T>(HUGE_VAL), max_ = -static_cast<T>(HUGE_VAL);
@@ -229,10 +234,12 @@ class PiecePass {
 
   Accumulator<T> accumulator(int64_t c, const Pilot<T>& pilot, int64_t numel) {
     partials_[c].row = tensor_.first_row + piece_.first_channel + c;
-    if (!args_.histogram) return {pilot, nullptr, nullptr};
+    const int64_t num_rows = tensor_.channels == 1 ? tensor_.numel() : tensor_.outer;
+    const bool is_alone = piece_.end - piece_.begin == num_rows;
+    if (!args_.histogram) return {pilot, nullptr, nullptr, is_alone};
     if (numel >= kFewValues) tables_.resize(kNumTables * kTableSize);
     int64_t* const histogram = args_.histogram + partials_[c].row * kNumBuckets;
-    return {pilot, tables_.empty() ? nullptr : tables_.data(), histogram};
+    return {pilot, tables_.empty() ? nullptr : tables_.data(), histogram, is_alone};
   }
 
   const T* load(int64_t begin, int64_t n) {

@@ -45,6 +45,8 @@ FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t
   using Vector = typename VectorOf<T>::Type;
   using Mask = decltype(Vector{} < Vector{});
   constexpr int64_t kWidth = sizeof(Vector) / sizeof(T);
+  // A difference in one operation, rounded as x - pilot is: the scale changes no digit.
+  const T shift = pilot.value * pilot.scale;
   StretchSums<T> sums;
   Vector s1 = {}, s2 = {}, s3 = {}, s4 = {}, l1 = {};
   Vector min = Vector{} + sums.min, max = Vector{} + sums.max;
@@ -62,7 +64,7 @@ FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t
       }
       Vector x;
       std::memcpy(&x, values + i, sizeof(x));
-      const Vector d = (x - pilot.value) * pilot.scale, d2 = d * d;
+      const Vector d = x * pilot.scale - shift, d2 = d * d;
       t1 += d;
       t2 += d2;
       t3 += d2 * d;

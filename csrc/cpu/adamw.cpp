@@ -121,17 +121,46 @@ class ParamBlock {
   alignas(64) T copy_[kBlockSize];
 };
 
+// Adds in lanes, which hides the latency of the addition and does not depend on the vector size.
+template <class T>
+FASTREMEDY_CLONES void add_block(const T* __restrict grad, const T* __restrict before,
+                                 const T* __restrict after, int64_t n, UpdateStats& sums) {
+  constexpr int64_t kLanes = 8;
+  double grad_sq[kLanes] = {}, weight_sq[kLanes] = {}, update_sq[kLanes] = {};
+  double moved[kLanes] = {}, stuck[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = std::min(kLanes, n - i);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      UpdateStats s{grad_sq[lane], weight_sq[lane], update_sq[lane], moved[lane], stuck[lane]};
+      add_element(s, grad[i + lane], before[i + lane], after[i + lane]);
+      grad_sq[lane] = s.grad_sq;
+      weight_sq[lane] = s.weight_sq;
+      update_sq[lane] = s.update_sq;
+      moved[lane] = s.moved;
+      stuck[lane] = s.stuck;
+    }
+  }
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    add_sums(sums, {grad_sq[lane], weight_sq[lane], update_sq[lane], moved[lane], stuck[lane]});
+  }
+}
+
+// `sums` is null, or gets what the update did to the chunk.
 template <class T>
 void update_chunk(const AdamWArgs& args, const AdamWTensor& tensor, const GradTensor& grad,
-                  const AdamWCoefficients<T>& coefficients, int64_t begin, int64_t end) {
+                  const AdamWCoefficients<T>& coefficients, int64_t begin, int64_t end,
+                  UpdateStats* sums) {
   const auto step = static_cast<uint32_t>(*tensor.step);
   ParamBlock<T> param(tensor, args.rounding, noise_key(args.seed, tensor.noise_stream, step));
   Block<T> grad_block, exp_avg, exp_avg_sq, max_exp_avg_sq;
   const DType state_dtype = tensor.state_dtype;
+  alignas(64) T before[kBlockSize];
+  if (sums != nullptr) *sums = {};
   for (int64_t i = begin; i < end; i += kBlockSize) {
     const int64_t n = std::min(kBlockSize, end - i);
     const T* g = grad_block.load(grad.data, grad.dtype, i, n);
     T* p = param.load(i, n);
+    if (sums != nullptr) std::copy_n(p, n, before);
     T* m = exp_avg.load(tensor.exp_avg, state_dtype, i, n);
     T* v = exp_avg_sq.load(tensor.exp_avg_sq, state_dtype, i, n);
     if (tensor.max_exp_avg_sq != nullptr) {
@@ -144,6 +173,19 @@ void update_chunk(const AdamWArgs& args, const AdamWTensor& tensor, const GradTe
     param.store(n);
     exp_avg.store(n);
     exp_avg_sq.store(n);
+    if (sums != nullptr) add_block<T>(g, before, param.load(i, n), n, *sums);
+  }
+}
+
+void add_partials(const AdamWArgs& args) {
+  for (int32_t t = 0; t < args.num_tensors; ++t) {
+    if (args.norm.grads[t].data != nullptr) args.update_stats[t] = {};
+  }
+  for (int32_t i = 0; i < args.norm.num_chunks; ++i) {
+    const int32_t t = args.norm.chunks[i].tensor;
+    if (args.norm.grads[t].data != nullptr) {
+      add_sums(args.update_stats[t], args.update_partials[i]);
+    }
   }
 }
 
@@ -186,17 +228,19 @@ void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
       const AdamWCorrection& correction = args.corrections[chunk.tensor];
       const int64_t begin = chunk.index * kChunkSize;
       const int64_t end = std::min(begin + kChunkSize, tensor.numel);
+      UpdateStats* const sums = args.update_stats ? args.update_partials + i : nullptr;
       if (tensor.param_dtype == DType::kFloat64) {
         const auto c = adamw_coefficients<double>(hyper, correction, grad_factor);
-        update_chunk(args, tensor, grad, c, begin, end);
+        update_chunk(args, tensor, grad, c, begin, end, sums);
       } else {
         const auto c = adamw_coefficients<float>(hyper, correction, grad_factor);
-        update_chunk(args, tensor, grad, c, begin, end);
+        update_chunk(args, tensor, grad, c, begin, end, sums);
       }
     }
   };
   // Backwards: the gradients that the norm read last are still in the cache.
   parallel_over(ranges.data(), static_cast<int64_t>(ranges.size()) - 1, true, visit);
+  if (args.update_stats != nullptr) add_partials(args);
 }
 
 }  // namespace fastremedy::cpu

@@ -9,15 +9,20 @@
 namespace fastremedy::cpu {
 namespace {
 
-FASTREMEDY_CLONES int64_t count_zeros(const uint8_t* flags, int64_t n) {
-  int32_t zeros = 0;
-  for (int64_t i = 0; i < n; ++i) zeros += flags[i] == 0;
-  return zeros;
+template <class Value>
+FASTREMEDY_CLONES void count_zeros_in_rows(const Value* __restrict values, int64_t row_size,
+                                           int64_t num_rows, int32_t* __restrict zeros) {
+  for (int64_t r = 0; r < num_rows; ++r, values += row_size) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < row_size; ++i) count += values[i] == Value(0);
+    zeros[r] = count;
+  }
 }
 
-FASTREMEDY_CLONES void count_zeros_in_columns(const uint8_t* __restrict flags, int64_t n,
+template <class Value>
+FASTREMEDY_CLONES void count_zeros_in_columns(const Value* __restrict values, int64_t n,
                                               int32_t* __restrict zeros) {
-  for (int64_t i = 0; i < n; ++i) zeros[i] += flags[i] == 0;
+  for (int64_t i = 0; i < n; ++i) zeros[i] += values[i] == Value(0);
 }
 
 // Bit i % 8 of byte i / 8 is flags[i]. The product moves bit 8 k of a word to bit 56 + k.
@@ -44,7 +49,8 @@ class Forward : Pass<T> {
       : Pass<T>(args),
         args_(args),
         pilot_(layout_.period()),
-        is_plain_(!args.residual && !args.mask && !args.dead) {}
+        is_plain_(!args.residual && !args.mask &&
+                  (!args.dead || kActivation == Activation::kReLU)) {}
 
   void run() {
     const bool reduces = args_.training && args_.phase != BatchNormPhase::kFinish;
@@ -108,25 +114,32 @@ class Forward : Pass<T> {
   void repeat() { this->repeat_normalizers(); }
 
   void apply_to_rows(const Tile& tile) const {
-    uint8_t flags[kBlockSize];
-    apply(tile, flags, [&](auto activation, const T* x, T* y) {
+    const auto count_dead = [&](const auto* values) {
+      int32_t dead[kBlockSize];
+      count_zeros_in_rows(values, tile.row_size, tile.num_rows, dead);
+      int64_t* const total = args_.dead + tile.channel;
+      for (int64_t r = 0; r < tile.num_rows; ++r) {
+        if (layout_.is_serial()) {
+          total[r] += dead[r];
+        } else {
+          __atomic_fetch_add(total + r, dead[r], __ATOMIC_RELAXED);
+        }
+      }
+    };
+    apply(tile, count_dead, [&](auto activation, const T* x, T* y) {
       normalize_rows<activation.value>(x, y, tile.row_size, tile.num_rows,
                                        this->normalizers(tile.channel), options_);
     });
-    if (args_.dead == nullptr) return;
-    for (int64_t r = 0; r < tile.num_rows; ++r) {
-      const int64_t dead = count_zeros(flags + r * tile.row_size, tile.row_size);
-      __atomic_fetch_add(args_.dead + tile.channel + r, dead, __ATOMIC_RELAXED);
-    }
   }
 
   void apply_to_columns(const Tile& tile, int32_t* dead) const {
-    uint8_t flags[kBlockSize];
-    apply(tile, flags, [&](auto activation, const T* x, T* y) {
+    const auto count_dead = [&](const auto* values) {
+      count_zeros_in_columns(values, tile.size(), dead + tile.column);
+    };
+    apply(tile, count_dead, [&](auto activation, const T* x, T* y) {
       normalize_columns<activation.value>(x, y, tile.size(), this->normalizers(tile.column),
                                           options_);
     });
-    if (args_.dead) count_zeros_in_columns(flags, tile.size(), dead + tile.column);
   }
 
   int64_t* dead() const { return args_.dead; }
@@ -181,9 +194,10 @@ class Forward : Pass<T> {
     store_channels(values, begin, n, running);
   }
 
-  // normalize(activation, x, y) is that of rows or columns.
-  template <class Normalize>
-  void apply(const Tile& tile, uint8_t* flags, const Normalize& normalize) const {
+  // normalize(activation, x, y) is that of rows or columns. count_dead(values) counts zeros: those
+  // of ReLU's outputs, or else flags of what is positive.
+  template <class CountDead, class Normalize>
+  void apply(const Tile& tile, const CountDead& count_dead, const Normalize& normalize) const {
     const int64_t n = tile.size();
     auto input = reader(args_.input);
     auto output = writer(args_.output);
@@ -191,16 +205,20 @@ class Forward : Pass<T> {
     T* y = output.place(tile.begin);
     if (is_plain_) {
       normalize(std::integral_constant<Activation, kActivation>(), x, y);
+      if (args_.dead) count_dead(y);
+      output.store(n);
     } else {
+      uint8_t flags[kBlockSize];
       alignas(64) T z[kBlockSize];
       normalize(std::integral_constant<Activation, Activation::kIdentity>(), x, z);
       auto residual = reader(args_.residual);
       if (args_.residual) add_to(z, residual.load(tile.begin, tile.size()), n);
       if (args_.mask || args_.dead) find_positive(z, flags, n, options_.threshold);
+      if (args_.dead) count_dead(static_cast<const uint8_t*>(flags));
       activate_all<kActivation>(z, y, n, options_);
+      output.store(n);
+      if (args_.mask) layout_.for_each_mask_row(tile, flags, args_.mask, pack_bits);
     }
-    output.store(tile.size());
-    if (args_.mask) layout_.for_each_mask_row(tile, flags, args_.mask, pack_bits);
   }
 
   const BatchNormForwardArgs& args_;

@@ -34,6 +34,7 @@ class Layout {
         is_serial_(shape.count() * shape.channels <= kSerialElements) {}
 
   int64_t channels() const { return shape_.channels; }
+  bool is_serial() const { return is_serial_; }  // one thread does it all
   int64_t count() const { return shape_.count(); }
   DType dtype() const { return shape_.dtype; }
 

@@ -112,6 +112,20 @@ void scale_chunk(const GradTensor& grad, int64_t begin, int64_t end, double fact
   }
 }
 
+// The norm of each tensor, from the partials of its chunks.
+void write_tensor_norms(const GradNormArgs& args) {
+  const double norm_type = args.options.norm_type;
+  for (int32_t i = 0; i < args.num_chunks;) {
+    const int32_t tensor = args.chunks[i].tensor;
+    double total = norm_identity(args.kind, norm_type);
+    for (; i < args.num_chunks && args.chunks[i].tensor == tensor; ++i) {
+      total = norm_combine(args.kind, norm_type, total, args.partials[i]);
+    }
+    const bool has_grad = args.grads[tensor].data != nullptr;
+    args.tensor_norms[tensor] = has_grad ? norm_finish(args.kind, norm_type, total) : 0.0;
+  }
+}
+
 }  // namespace
 
 std::vector<int32_t> make_ranges(const std::vector<Chunk>& chunks, const GradTensor* tensors) {
@@ -153,6 +167,7 @@ void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges) {
       total = norm_combine(args.kind, norm_type, total, args.partials[i]);
     }
     total = args.num_chunks == 0 ? 0 : norm_finish(args.kind, norm_type, total);
+    if (args.tensor_norms != nullptr) write_tensor_norms(args);
   }
   *args.result = clip_result(args.options, total);
   if (args.total_norm != nullptr) {

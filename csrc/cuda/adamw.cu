@@ -1,12 +1,13 @@
 // AdamW in two launches: norm, clipping and step counts; then the update of all parameters.
 #include "../core/adamw.h"
 #include "../core/param_storage.h"
+#include "adamw_update_stats.cuh"
 #include "clip_grad_norm.cuh"
 
 namespace fastremedy::cuda {
 namespace {
 
-// Two blocks may take 128 registers a thread; sm_75 to sm_120 take 98 to 127 and spill nothing.
+// Two blocks may take 128 registers a thread; sm_75 to sm_120 take 98 to 128 and spill nothing.
 // They have 64 KiB of float32 parameter, gradient and moments on their way to a multiprocessor. A
 // third block would leave 80 registers, and spills.
 #ifdef FASTREMEDY_EMULATION
@@ -81,13 +82,16 @@ class ParamStorage {
     cuda::unpack(loaded.param, dtype_, values);
   }
 
+  // Returns what the next step will load.
   template <int kWidth>
-  FASTREMEDY_DEVICE void store(int32_t i, const T (&values)[kWidth]) const {
+  FASTREMEDY_DEVICE Loaded<kWidth> store(int32_t i, const T (&values)[kWidth]) const {
     if constexpr (kIsNarrow) {
       if (dtype_ == DType::kBFloat16) return store_narrow<BFloat16>(i, values);
       if (dtype_ == DType::kFloat16) return store_narrow<Float16>(i, values);
     }
-    cuda::store(param_, dtype_, i, pack(values, dtype_));
+    const Loaded<kWidth> stored{pack(values, dtype_), {}};
+    cuda::store(param_, dtype_, i, stored.param);
+    return stored;
   }
 
  private:
@@ -115,9 +119,8 @@ class ParamStorage {
   }
 
   template <class Format, int kWidth>
-  FASTREMEDY_DEVICE void store_narrow(int32_t i, const T (&values)[kWidth]) const {
-    Stored<T, kWidth> param;
-    [[maybe_unused]] Stored<T, kWidth> residual;
+  FASTREMEDY_DEVICE Loaded<kWidth> store_narrow(int32_t i, const T (&values)[kWidth]) const {
+    Loaded<kWidth> stored;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       uint16_t bits;
@@ -126,16 +129,17 @@ class ParamStorage {
       } else if constexpr (kRounding == Rounding::kKahan) {
         uint16_t residual_bits;
         store_kahan<Format>(values[k], bits, residual_bits);
-        residual.set_half(k, residual_bits);
+        stored.residual.set_half(k, residual_bits);
       } else {
         float master;
         store_master<Format>(values[k], bits, master);
-        residual.words[k] = bit_cast<uint32_t>(master);
+        stored.residual.words[k] = bit_cast<uint32_t>(master);
       }
-      param.set_half(k, bits);
+      stored.param.set_half(k, bits);
     }
-    cuda::store(param_, dtype_, i, param);
-    if constexpr (kMayHaveResidual) cuda::store(residual_, residual_dtype(), i, residual);
+    cuda::store(param_, dtype_, i, stored.param);
+    if constexpr (kMayHaveResidual) cuda::store(residual_, residual_dtype(), i, stored.residual);
+    return stored;
   }
 
   const DType dtype_;
@@ -155,7 +159,7 @@ struct LoadedOperands {
   Vec max_exp_avg_sqs;
 };
 
-template <Rounding kRounding, bool kAmsgrad, class T>
+template <Rounding kRounding, bool kMeasures, bool kAmsgrad, class T>
 FASTREMEDY_DEVICE void update_chunk(const AdamWArgs& args, Chunk chunk, const AdamWTensor& tensor,
                                     const GradTensor& grad) {
   using Storage = ParamStorage<kRounding, T>;
@@ -170,6 +174,7 @@ FASTREMEDY_DEVICE void update_chunk(const AdamWArgs& args, Chunk chunk, const Ad
   char* const max_exp_avg_sq = element_at(tensor.max_exp_avg_sq, state_dtype, slice.begin);
   const bool all_aligned = storage.is_aligned() && is_aligned(grad_data) && is_aligned(exp_avg) &&
                            is_aligned(exp_avg_sq) && (!kAmsgrad || is_aligned(max_exp_avg_sq));
+  if constexpr (kMeasures) update_sums<kUpdateBlockSize>()[threadIdx.x] = {};
   for_each_vec<T, 1>(
       slice.size, all_aligned,
       [&](auto width, int32_t i) {
@@ -194,21 +199,28 @@ FASTREMEDY_DEVICE void update_chunk(const AdamWArgs& args, Chunk chunk, const Ad
         unpack(loaded.exp_avgs, state_dtype, exp_avgs);
         unpack(loaded.exp_avg_sqs, state_dtype, exp_avg_sqs);
         if constexpr (kAmsgrad) unpack(loaded.max_exp_avg_sqs, state_dtype, max_exp_avg_sqs);
+        [[maybe_unused]] T before[kWidth];
+        if constexpr (kMeasures) memcpy(before, params, sizeof(before));
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
           adamw_update<kAmsgrad>(coefficients, grads[k], params[k], exp_avgs[k], exp_avg_sqs[k],
                                  max_exp_avg_sqs[k]);
         }
-        storage.store(i, params);
+        [[maybe_unused]] const auto stored = storage.store(i, params);
         store(exp_avg, state_dtype, i, pack(exp_avgs, state_dtype));
         store(exp_avg_sq, state_dtype, i, pack(exp_avg_sqs, state_dtype));
         if constexpr (kAmsgrad) {
           store(max_exp_avg_sq, state_dtype, i, pack(max_exp_avg_sqs, state_dtype));
         }
+        if constexpr (kMeasures) {
+          T after[kWidth];
+          storage.unpack(stored, after);
+          add_elements(update_sums<kUpdateBlockSize>()[threadIdx.x], grads, before, after);
+        }
       });
 }
 
-template <Rounding kRounding>
+template <Rounding kRounding, bool kMeasures>
 __global__ void __launch_bounds__(kUpdateBlockSize, kUpdateBlocks)
     adamw_update_kernel(AdamWArgs args) {
   if (args.norm.result->skip) return;
@@ -220,13 +232,28 @@ __global__ void __launch_bounds__(kUpdateBlockSize, kUpdateBlocks)
     const AdamWTensor tensor = args.tensors[chunk.tensor];
     const bool is_amsgrad = tensor.max_exp_avg_sq != nullptr;
     if (tensor.param_dtype == DType::kFloat64) {
-      is_amsgrad ? update_chunk<kRounding, true, double>(args, chunk, tensor, grad)
-                 : update_chunk<kRounding, false, double>(args, chunk, tensor, grad);
+      is_amsgrad ? update_chunk<kRounding, kMeasures, true, double>(args, chunk, tensor, grad)
+                 : update_chunk<kRounding, kMeasures, false, double>(args, chunk, tensor, grad);
     } else {
-      is_amsgrad ? update_chunk<kRounding, true, float>(args, chunk, tensor, grad)
-                 : update_chunk<kRounding, false, float>(args, chunk, tensor, grad);
+      is_amsgrad ? update_chunk<kRounding, kMeasures, true, float>(args, chunk, tensor, grad)
+                 : update_chunk<kRounding, kMeasures, false, float>(args, chunk, tensor, grad);
     }
+    // Unsigned: the upper half of a signed offset would take a register all the way.
+    const auto place = static_cast<uint32_t>(c);
+    if constexpr (kMeasures) write_partial<kUpdateBlockSize>(args.update_partials[place]);
   }
+  if constexpr (kMeasures) {
+    if (is_last_block(args.update_counter, gridDim.x)) write_update_stats<kUpdateBlockSize>(args);
+  }
+}
+
+template <Rounding kRounding>
+int launch_update(const AdamWArgs& args, void* stream) {
+  const auto launch = [&](auto kernel) {
+    return launch_over_chunks<kUpdateBlockSize>(kernel, args.norm.num_chunks, stream, args);
+  };
+  return args.update_stats != nullptr ? launch(adamw_update_kernel<kRounding, true>)
+                                      : launch(adamw_update_kernel<kRounding, false>);
 }
 
 }  // namespace
@@ -236,18 +263,15 @@ int launch_adamw_prepare(const AdamWArgs& args, void* stream) {
 }
 
 int launch_adamw_update(const AdamWArgs& args, void* stream) {
-  const auto launch = [&](auto kernel) {
-    return launch_over_chunks<kUpdateBlockSize>(kernel, args.norm.num_chunks, stream, args);
-  };
   switch (args.rounding) {
     case Rounding::kNearest:
-      return launch(adamw_update_kernel<Rounding::kNearest>);
+      return launch_update<Rounding::kNearest>(args, stream);
     case Rounding::kStochastic:
-      return launch(adamw_update_kernel<Rounding::kStochastic>);
+      return launch_update<Rounding::kStochastic>(args, stream);
     case Rounding::kKahan:
-      return launch(adamw_update_kernel<Rounding::kKahan>);
+      return launch_update<Rounding::kKahan>(args, stream);
     case Rounding::kMaster:
-      return launch(adamw_update_kernel<Rounding::kMaster>);
+      return launch_update<Rounding::kMaster>(args, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "../core/arguments.h"
+#include "clip_grad_norm_tensors.cuh"
 #include "multi_tensor.cuh"
 
 namespace fastremedy::cuda {
@@ -161,6 +162,18 @@ FASTREMEDY_DEVICE double norm_of_partials(const GradNormArgs& args) {
   return norm_finish(kKind, norm_type, total);
 }
 
+template <NormKind kKind>
+FASTREMEDY_DEVICE void write_tensor_norms(const GradNormArgs& args) {
+  const double norm_type = args.options.norm_type;
+  for_each_tensor<kNormBlockSize, 1>(
+      args, args.partials, norm_identity(kKind, norm_type),
+      [&](double a, double b) { return norm_combine(kKind, norm_type, a, b); },
+      [&](int32_t tensor, const double (&total)[1]) {
+        const bool has_grad = args.grads[tensor].data != nullptr;
+        args.tensor_norms[tensor] = has_grad ? norm_finish(kKind, norm_type, total[0]) : 0;
+      });
+}
+
 FASTREMEDY_DEVICE void write_result(const GradNormArgs& args, const ClipResult& result) {
   *args.result = result;
   if (args.kind == NormKind::kNone || args.total_norm == nullptr) return;
@@ -188,6 +201,7 @@ __global__ void __launch_bounds__(kNormBlockSize, kNormBlocks)
     }
     if (!is_last_block(args.counter, gridDim.x)) return;
     norm = norm_of_partials<kKind>(args);
+    if (args.tensor_norms != nullptr) write_tensor_norms<kKind>(args);
   }
   FASTREMEDY_SHARED(ClipResult, result);
   if (threadIdx.x == 0) {

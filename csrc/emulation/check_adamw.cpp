@@ -1,42 +1,9 @@
 // The AdamW kernels: every step against the formula in long double with a bound of the rounding
 // error, and the bits of narrow parameters against rounding in plain arithmetic.
-#include "../core/adamw.h"
-#include "check.h"
+#include "adamw_problem.h"
 
 namespace fastremedy::check {
 namespace {
-
-struct DTypes {
-  DType param, state;
-};
-
-constexpr DTypes kDTypes[] = {
-    {DType::kFloat32, DType::kFloat32},   {DType::kFloat32, DType::kBFloat16},
-    {DType::kBFloat16, DType::kBFloat16}, {DType::kBFloat16, DType::kFloat32},
-    {DType::kFloat16, DType::kFloat16},   {DType::kFloat16, DType::kFloat32},
-    {DType::kFloat64, DType::kFloat64},   {DType::kFloat64, DType::kBFloat16}};
-
-bool is_narrow(DType dtype) { return element_size(dtype) == 2; }
-
-double stored_as(DType dtype, double value) {
-  return round_to(dtype, is_narrow(dtype) ? static_cast<float>(value) : value);
-}
-
-// Up with the probability of the cut part: 16 bits of noise, 13 for float16.
-double round_stochastic(DType dtype, double value, uint32_t noise) {
-  const bool is_float16 = dtype == DType::kFloat16;
-  const double unit = spacing(dtype, value);
-  const double fraction = is_float16 ? (noise & 0x1fff) / 8192.0 : (noise & 0xffff) / 65536.0;
-  double units = std::fabs(value) / unit + fraction;
-  if (is_float16 && std::fabs(value) < std::ldexp(1.0, -14)) units = static_cast<float>(units);
-  return std::copysign(std::floor(units) * unit, value);
-}
-
-// One tensor's arrays as they were before a step.
-struct Before {
-  std::vector<double> params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residuals;
-  double step;
-};
 
 class Model {
  public:
@@ -66,11 +33,15 @@ class Model {
     }
   }
 
+  void add_empty() { add(kDTypes[0], 0, 0); }
+
   std::vector<GradTensor>& grads() { return grads_; }
 
-  void step(NormKind kind, const ClipOptions& options, bool expect_skip, const char* what) {
+  void step(NormKind kind, const ClipOptions& options, bool expect_skip, const char* what,
+            bool is_measured = false) {
     Memory tables;
     AdamWArgs args = arguments(kind, options, tables);
+    if (is_measured) measure(args, tables);
     std::vector<Before> before;
     for (size_t t = 0; t < tensors_.size(); ++t) before.push_back(snapshot(tensors_[t]));
     expect(cuda::launch_adamw_prepare(args, nullptr) == 0, "launch_adamw_prepare");
@@ -96,10 +67,13 @@ class Model {
     for (size_t t = 0; t < tensors_.size(); ++t) {
       const bool is_updated = grads_[t].data != nullptr && !expect_skip;
       expect_tensor(t, before[t], is_updated, result.grad_factor, what);
+      if (is_measured) expect_measured(t, before[t], is_updated, args.update_stats[t], what);
     }
+    expect(!is_measured || *args.update_counter == 0, "the counter of the update returns to 0");
   }
 
  private:
+  static constexpr double kUnwritten = -1;
   static constexpr uint64_t kSeed = 0x123456789abcdefull;
 
   DType residual_dtype(DType param) const {
@@ -171,6 +145,15 @@ class Model {
     return args;
   }
 
+  static void measure(AdamWArgs& args, Memory& tables) {
+    const auto rows = [](size_t count, double x) {
+      return std::vector<UpdateStats>(count, {x, x, x, x, x});
+    };
+    args.update_stats = tables.upload(rows(args.num_tensors, kUnwritten));
+    args.update_partials = tables.upload(rows(args.norm.num_chunks, 2 * kUnwritten));
+    args.update_counter = tables.upload(std::vector<uint32_t>{0});
+  }
+
   Before snapshot(const AdamWTensor& tensor) const {
     const auto copy = [&](const void* data, DType dtype) {
       std::vector<double> values;
@@ -206,6 +189,25 @@ class Model {
     }
   }
 
+  void expect_measured(size_t t, const Before& before, bool is_updated, const UpdateStats& actual,
+                       const char* what) const {
+    const GradTensor& grad = grads_[t];
+    const Before after = snapshot(tensors_[t]);
+    ExpectedUpdate expected;
+    for (int64_t i = 0; is_updated && i < grad.numel; ++i) {
+      expected.add(get(grad.data, grad.dtype, i), value_of(before, grad.dtype, rounding_, i),
+                   value_of(after, grad.dtype, rounding_, i));
+    }
+    const bool is_right = is_updated
+                              ? expected.matches(actual)
+                              : actual.grad_sq == kUnwritten && actual.weight_sq == kUnwritten &&
+                                    actual.update_sq == kUnwritten && actual.moved == kUnwritten &&
+                                    actual.stuck == kUnwritten;
+    expect(is_right, std::string(what) + ", tensor " + std::to_string(t) + " of " +
+                         std::to_string(grad.numel) + " " + name_of(grad.dtype) +
+                         ": what the step did");
+  }
+
   // The formula is held to exact arithmetic, then the kernel to the formula: bit for bit.
   template <class T>
   void expect_updated(size_t t, const Before& before, const Before& after, double grad_factor,
@@ -230,7 +232,7 @@ class Model {
         adamw_coefficients<T>(hyper, adamw_correction(hyper, after.step), grad_factor);
     for (int64_t i = 0; i < tensor.numel; ++i) {
       const double grad = get(grads_[t].data, grads_[t].dtype, i);
-      const double param = value_of(before, tensor.param_dtype, i);
+      const double param = value_of(before, tensor.param_dtype, rounding_, i);
       const double last_max = hyper.amsgrad ? before.max_exp_avg_sqs[i] : 0;
 
       const Real p = Real::exact(param);
@@ -275,15 +277,6 @@ class Model {
     }
   }
 
-  // The value that a stored parameter stands for.
-  double value_of(const Before& state, DType dtype, int64_t i) const {
-    const double param = state.params[i];
-    if (state.residuals.empty()) return param;
-    const double residual = state.residuals[i];
-    if (rounding_ == Rounding::kKahan) return static_cast<float>(param + residual);
-    return round_to(dtype, residual) == param ? residual : param;
-  }
-
   bool is_stored(const AdamWTensor& tensor, const Before& after, int64_t i, double value) const {
     const DType dtype = tensor.param_dtype;
     const double param = after.params[i];
@@ -317,14 +310,14 @@ void check_rounding(Rounding rounding) {
   model.add_sizes();
   ClipOptions clipping = options;
   clipping.max_norm = 1;
-  model.step(NormKind::kL2, clipping, false, "clipping");
+  model.step(NormKind::kL2, clipping, false, "clipping", true);
 
   ClipOptions scaled = options;
   scaled.grad_scale = two;
   scaled.found_inf = zero;
   model.step(NormKind::kNone, scaled, false, "loss scale");
   scaled.found_inf = two;
-  model.step(NormKind::kNone, scaled, true, "found_inf");
+  model.step(NormKind::kNone, scaled, true, "found_inf", true);
 
   if (emulation::kHasRealThreads || rounding != Rounding::kNearest) return;
   // What follows concerns the norm and the steps, not how parameters are stored.
@@ -334,14 +327,19 @@ void check_rounding(Rounding rounding) {
   checked.grad_scale = two;
   for (const double norm_type : {1.0, HUGE_VAL, 3.0}) {
     checked.norm_type = norm_type;
-    model.step(norm_kind(norm_type), checked, false, "finite gradients");
+    model.step(norm_kind(norm_type), checked, false, "finite gradients", norm_type == 3.0);
   }
   GradTensor& last = model.grads().back();
   set(last.data, last.dtype, last.numel - 1, std::numeric_limits<double>::quiet_NaN());
   model.step(NormKind::kMax, checked, true, "NaN gradient");
 
   for (GradTensor& grad : model.grads()) grad.data = nullptr;
-  model.step(NormKind::kNone, scaled, true, "no gradients");
+  model.step(NormKind::kNone, scaled, true, "no gradients", true);
+
+  Model no_chunks(rounding);
+  no_chunks.step(NormKind::kNone, options, false, "no tensors", true);
+  no_chunks.add_empty();
+  no_chunks.step(NormKind::kNone, options, false, "no elements", true);
 }
 
 }  // namespace

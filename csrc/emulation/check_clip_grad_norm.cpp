@@ -1,4 +1,5 @@
 // The norm kernels against the definition of the norm.
+#include "../cuda/clip_grad_norm_tensors.cuh"
 #include "check.h"
 
 namespace fastremedy::check {
@@ -36,7 +37,7 @@ class Gradients {
     grads_.back().data = nullptr;
   }
 
-  ClipResult norm(double norm_type, double max_norm = kInfinity) {
+  ClipResult norm(double norm_type, double max_norm = kInfinity, bool measures_tensors = false) {
     Memory tables;
     GradNormArgs args{};
     const std::vector<Chunk> chunks = make_chunks(grads_);
@@ -51,11 +52,13 @@ class Gradients {
     args.result = tables.upload(std::vector<ClipResult>(1));
     args.total_norm = tables.upload(std::vector<double>{-1});
     args.total_norm_dtype = DType::kFloat64;
+    if (measures_tensors) args.tensor_norms = tables.upload(room_for_tensor_norms());
     expect(cuda::launch_grad_norm(args, nullptr) == 0, "launch_grad_norm");
     expect(*args.counter == 0, "the counter returns to 0");
     const ClipResult result = *args.result;
     const double total_norm = *static_cast<double*>(args.total_norm);
     expect(is_close(total_norm, result.total_norm, 0), "total_norm is the result's");
+    if (measures_tensors) expect_tensor_norms(args.tensor_norms, norm_type);
     if (max_norm != kInfinity) {
       expect(cuda::launch_scale_grads(args, nullptr) == 0, "launch_scale_grads");
     }
@@ -64,7 +67,7 @@ class Gradients {
   }
 
   void expect_norm(double norm_type, const std::string& what) {
-    const double actual = norm(norm_type).total_norm;
+    const double actual = norm(norm_type, kInfinity, true).total_norm;
     const long double expected = norm_of(grads_, norm_type);
     expect(is_close(actual, expected, norm_tolerance(norm_type)),
            what + ", norm type " + std::to_string(norm_type) + ": expected " +
@@ -99,6 +102,24 @@ class Gradients {
   }
 
  private:
+  // An empty tensor has no chunk, and its norm is not written.
+  std::vector<double> room_for_tensor_norms() const {
+    std::vector<double> room;
+    for (const GradTensor& grad : grads_) room.push_back(grad.numel == 0 ? 0 : kUnwritten);
+    return room;
+  }
+
+  void expect_tensor_norms(const double* norms, double norm_type) const {
+    for (size_t t = 0; t < grads_.size(); ++t) {
+      const long double expected = norm_of({grads_[t]}, norm_type);
+      expect(is_close(norms[t], expected, norm_tolerance(norm_type)),
+             "norm of tensor " + std::to_string(t) + ", norm type " + std::to_string(norm_type) +
+                 ": expected " + std::to_string(expected) + ", got " + std::to_string(norms[t]));
+    }
+  }
+
+  static constexpr double kUnwritten = -1;
+
   std::mt19937 random_{0};
   std::vector<GradTensor> grads_;
   Memory memory_;
@@ -168,11 +189,45 @@ void check_scaling() {
   gradients.expect_scaled(0.5, "norm is NaN");
 }
 
+// Partials without the elements behind them: a tensor of 100 chunks takes several turns of a warp.
+void check_tensors_of_many_chunks() {
+  constexpr int kBlockSize = 64, kSize = 2;
+  std::vector<GradTensor> tensors;
+  for (const int num_chunks : {1, 100, 1, 0, 2, 33, 32, 31, 1, 65, 64, 300}) {
+    tensors.push_back({nullptr, num_chunks * cuda::kChunkSize, DType::kFloat32, 0});
+  }
+  const std::vector<Chunk> chunks = make_chunks(tensors);
+  std::vector<double> partials, expected(tensors.size() * kSize);
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    for (int k = 0; k < kSize; ++k) {
+      partials.push_back(static_cast<double>(c * c + k));
+      expected[chunks[c].tensor * kSize + k] += partials.back();
+    }
+  }
+  Memory memory;
+  GradNormArgs args{};
+  args.grads = memory.upload(tensors);
+  args.chunks = memory.upload(chunks);
+  args.num_chunks = static_cast<int32_t>(chunks.size());
+  const double* const in = memory.upload(partials);
+  double* const out = memory.upload(std::vector<double>(expected.size()));
+  emulation::launch(1, kBlockSize, [=] {
+    cuda::for_each_tensor<kBlockSize, kSize>(
+        args, in, 0, [](double a, double b) { return a + b; },
+        [&](int32_t tensor, const double (&sums)[kSize]) {
+          for (int k = 0; k < kSize; ++k) out[tensor * kSize + k] += sums[k];
+        });
+  });
+  expect(std::equal(expected.begin(), expected.end(), out) && memory.is_intact(),
+         "sums of tensors of many chunks");
+}
+
 }  // namespace
 
 void check_clip_grad_norm() {
   check_values();
   check_scaling();
+  check_tensors_of_many_chunks();
   if (emulation::kHasRealThreads) return;  // slow, and the rest is about values
   check_extremes();
   check_nonfinite();

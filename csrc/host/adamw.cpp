@@ -236,6 +236,7 @@ AdamWArgs AdamWTable::arguments(const Step& step) {
   args.num_skipped = reinterpret_cast<int64_t*>(step.num_skipped);
   args.rounding = static_cast<Rounding>(step.rounding);
   args.seed = step.seed;
+  args.update_stats = reinterpret_cast<UpdateStats*>(step.update_stats);
   return args;
 }
 
@@ -265,6 +266,10 @@ bool AdamWTable::step_on_cpu(AdamWArgs args) {
   args.tensors = tensors_.data();
   args.hypers = hypers_.data();
   args.corrections = corrections_.data();
+  if (args.update_stats != nullptr) {
+    update_partials_.resize(chunks_.size());
+    args.update_partials = update_partials_.data();
+  }
   cpu::adamw_prepare(args, ranges_);
   cpu::adamw_update(args, ranges_);
   return result.skip != 0;
@@ -284,9 +289,12 @@ struct CudaLayout {
     uploaded = workspace.bytes() - grads;
     partials = workspace.reserve<double>(num_chunks);
     corrections = workspace.reserve<AdamWCorrection>(num_tensors);
+    update_counter = workspace.reserve<uint32_t>(1);
+    update_partials = workspace.reserve<UpdateStats>(num_chunks);
   }
   Workspace workspace;
   size_t result, counter, tensors, chunks, grads, hypers, uploaded, partials, corrections;
+  size_t update_counter, update_partials;
 };
 
 }  // namespace
@@ -307,6 +315,8 @@ void AdamWTable::step_on_cuda(AdamWArgs args, uintptr_t base) {
   args.tensors = Workspace::at<AdamWTensor>(base, layout.tensors);
   args.hypers = Workspace::at<AdamWHyper>(base, layout.hypers);
   args.corrections = Workspace::at<AdamWCorrection>(base, layout.corrections);
+  args.update_counter = Workspace::at<uint32_t>(base, layout.update_counter);
+  args.update_partials = Workspace::at<UpdateStats>(base, layout.update_partials);
 
   void* stream = current_stream(device_);
   const DeviceGuard guard(device_);
@@ -362,14 +372,16 @@ void bind_adamw(py::module_& module) {
           "step",
           [](AdamWTable& table, double max_norm, double norm_type, bool needs_norm,
              bool skip_nonfinite, py::object grad_scale, py::object found_inf, int32_t rounding,
-             uint64_t seed, uintptr_t total_norm, uintptr_t num_skipped, uintptr_t workspace) {
+             uint64_t seed, uintptr_t total_norm, uintptr_t num_skipped, uintptr_t update_stats,
+             uintptr_t workspace) {
             return table.step({max_norm, norm_type, needs_norm, skip_nonfinite, grad_scale,
-                               found_inf, rounding, seed, total_norm, num_skipped, workspace});
+                               found_inf, rounding, seed, total_norm, num_skipped, update_stats,
+                               workspace});
           },
           py::arg("max_norm"), py::arg("norm_type"), py::arg("needs_norm"),
           py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"),
           py::arg("rounding"), py::arg("seed"), py::arg("total_norm"), py::arg("num_skipped"),
-          py::arg("workspace"));
+          py::arg("update_stats"), py::arg("workspace"));
 }
 
 }  // namespace fastremedy::host

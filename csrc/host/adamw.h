@@ -55,9 +55,10 @@ class AdamWTable {
     py::object found_inf;
     int32_t rounding;
     uint64_t seed;
-    uintptr_t total_norm;   // scalar on the device, 0 if not needed
-    uintptr_t num_skipped;  // int64 scalar on the device
-    uintptr_t workspace;    // zeros at first, then left alone
+    uintptr_t total_norm;    // scalar on the device, 0 if not needed
+    uintptr_t num_skipped;   // int64 scalar on the device
+    uintptr_t update_stats;  // float64 [rows, kNumUpdateStats] on the device, 0 if not wanted
+    uintptr_t workspace;     // zeros at first, then left alone
   };
 
   // Updates; releases the gradients. Returns whether a CPU step was skipped.
@@ -107,6 +108,7 @@ class AdamWTable {
   bool has_float64_grad_ = false;
 
   std::vector<double> partials_;              // CPU
+  std::vector<UpdateStats> update_partials_;  // CPU
   std::vector<AdamWCorrection> corrections_;  // CPU
   uintptr_t uploaded_to_ = 0;                 // CUDA: workspace that holds tensors and chunks
   std::vector<char> uploaded_;                // CUDA: gradients and hyper-parameters as uploaded

@@ -91,13 +91,15 @@ size_t GradList::workspace_bytes() {
   return CudaLayout(grads_.size(), chunks_.size()).workspace.bytes();
 }
 
-bool GradList::clip(double max_norm, double norm_type, uintptr_t total_norm, uintptr_t workspace) {
+bool GradList::clip(double max_norm, double norm_type, uintptr_t total_norm, uintptr_t tensor_norms,
+                    uintptr_t workspace) {
   GradNormArgs args{};
   args.kind = norm_kind(norm_type);
   args.options.max_norm = max_norm;
   args.options.norm_type = norm_type;
   args.total_norm = reinterpret_cast<void*>(total_norm);
   args.total_norm_dtype = has_float64_ ? DType::kFloat64 : DType::kFloat32;
+  args.tensor_norms = reinterpret_cast<double*>(tensor_norms);
   if (!is_cuda(device_)) return clip_on_cpu(args);
   return clip_on_cuda(args, workspace);
 }
@@ -162,7 +164,7 @@ void bind_clip_grad_norm(py::module_& module) {
       .def("workspace_bytes", &GradList::workspace_bytes)
       .def("__len__", &GradList::size)
       .def("clip", &GradList::clip, py::arg("max_norm"), py::arg("norm_type"),
-           py::arg("total_norm"), py::arg("workspace"));
+           py::arg("total_norm"), py::arg("tensor_norms"), py::arg("workspace"));
 }
 
 }  // namespace fastremedy::host

@@ -22,7 +22,9 @@ class GradList {
 
   // Writes the norm to total_norm, a float64 scalar if has_float64(), float32 otherwise. With a
   // finite max_norm also scales the gradients; returns whether they may have changed.
-  bool clip(double max_norm, double norm_type, uintptr_t total_norm, uintptr_t workspace);
+  // `tensor_norms`: float64 [size()] on the device for the norm of each, 0 if not wanted.
+  bool clip(double max_norm, double norm_type, uintptr_t total_norm, uintptr_t tensor_norms,
+            uintptr_t workspace);
 
  private:
   void add(py::object tensor);

@@ -209,12 +209,16 @@ def batch_norm_relu_with_stats(
         training, momentum, eps, activation, negative_slope, wants_mask, wants_stats
     )
     apply: Callable[..., Any] = BatchNormReLU.apply
+    dead: Tensor | None = None
     if not needs_grad:
         output, saved, _, dead = run_forward(tensors, options, group, backend)
-    elif wants_stats:
-        output, saved, dead = apply(*tensors, options, group, backend)
+    elif wants_stats and backend is None:  # tracers have to see outputs
+        output, saved, dead = apply(*tensors, options, group, backend, None)
     else:
-        output, dead = apply(*tensors, options, group, backend), None
+        stats: list[Tensor] = []
+        output = apply(*tensors, options, group, backend, stats)
+        if stats:
+            saved, dead = stats
     if dead is None:
         return output, None
     return output, RawStats(saved, dead, input.numel() // input.shape[1])

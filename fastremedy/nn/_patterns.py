@@ -179,9 +179,13 @@ def _activation(owner: nn.Module, node: fx.Node) -> tuple[str, float] | str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether somebody else sees a call of ``module``, or runs in its place."""
+    """Return whether somebody else sees a call of ``module``, or runs in its place.
+
+    Hooks that say ``is_passive`` only look, and may as well see the fused output.
+    """
+    hooks = module._forward_hooks.values()
     return bool(
-        module._forward_hooks
+        (hooks and not all(getattr(hook, "is_passive", False) for hook in hooks))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

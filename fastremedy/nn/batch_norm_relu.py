@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
     negative_slope: float
     collect_stats = False
     _last: RawStats | None = None
+    _watch: Callable[[RawStats], None] | None = None  # of a monitor
     _is_fused = False  # by fuse_: a plain BatchNorm to everybody but its owner
 
     def __init__(
@@ -83,6 +85,8 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
         )
         if stats is not None:
             self._last = stats
+            if self._watch is not None and not torch.compiler.is_compiling():
+                self._watch(stats)
         return output
 
     def extra_repr(self) -> str:

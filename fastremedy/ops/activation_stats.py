@@ -23,8 +23,10 @@ Sizes = tuple[int, int, int]  # outer, channels, inner
 
 def empty_moments(num_rows: int, device: torch.device | str | None = None) -> Tensor:
     """Return the moments of no value, ``[num_rows, 8]``."""
-    row = [0.0] * 6 + [math.inf, -math.inf]
-    return torch.tensor(row, dtype=torch.float64, device=device).repeat(num_rows, 1)
+    moments = torch.zeros(num_rows, len(MOMENTS), dtype=torch.float64, device=device)
+    moments[:, 6] = math.inf
+    moments[:, 7] = -math.inf
+    return moments
 
 
 def update(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,28 +18,36 @@ from .layouts import with_kernel_layout
 STEM = "activation_stats"
 
 
-def kernel_of(backend: str) -> Callable[..., None]:
-    """Return the entry of a backend; it takes the arguments of the definition."""
+def kernel_of(backend: str) -> Callable[..., Any]:
+    """Return the entry of a backend; it takes the arguments of the definition.
+
+    A native one also takes None for the sizes: tensors count as a whole. It returns False, and has
+    done nothing, if there is one that it cannot read as it lies.
+    """
     if backend == "torch":
         return definition.update
     if backend == "triton":
-        entry: Callable[..., None] = triton_kernels(STEM).update
+        entry: Callable[..., Any] = triton_kernels(STEM).update
         return entry
     native = _native.module_for(backend)
     entry = native.activation_stats_update
     return entry if backend == "cpu" else _with_scratch(native, entry)
 
 
-def _with_scratch(native: Any, entry: Callable[..., None]) -> Callable[..., None]:
+def _with_scratch(native: Any, entry: Callable[..., Any]) -> Callable[..., Any]:
     def run(
-        tensors: Sequence[Tensor], sizes: Sequence[Sizes], rows: Sequence[int], *rest: Any
-    ) -> None:
+        tensors: list[Tensor], sizes: list[Sizes] | None, rows: list[int], *rest: Any
+    ) -> bool:
         device = tensors[0].device
-        num_counters, num_bytes = native.activation_stats_scratch_size(tensors, sizes, rows)
+        needed = native.activation_stats_scratch_size(tensors, sizes, rows)
+        if needed is None:
+            return False
+        num_counters, num_bytes = needed
         counters = workspace(device, 4 * num_counters, STEM)
         partials = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         address = 0 if counters is None else counters.data_ptr()
-        entry(tensors, sizes, rows, *rest, address, partials.data_ptr())
+        done: bool = entry(tensors, sizes, rows, *rest, address, partials.data_ptr())
+        return done
 
     return run
 
@@ -62,9 +70,28 @@ def readable(tensor: Tensor, per_channel: bool) -> tuple[Tensor, Sizes]:
     return tensor, (tensor.numel() // channels, channels, 1)
 
 
+def update_plain(
+    tensors: list[Tensor],
+    rows: list[int],
+    armed: Tensor | None,
+    moments: Tensor,
+    counts: Tensor,
+    histogram: Tensor | None,
+    backend: str,
+) -> bool:
+    """Merge tensors as a whole into their rows if native kernels can read all as they lie.
+
+    Returns False, and has done nothing, if they cannot.
+    """
+    if backend not in ("cpu", "cuda") or not tensors:
+        return False
+    done: bool = kernel_of(backend)(tensors, None, rows, armed, moments, counts, histogram)
+    return done
+
+
 def update(
-    tensors: Sequence[Tensor],
-    first_rows: Sequence[int],
+    tensors: list[Tensor],
+    first_rows: list[int],
     per_channel: bool,
     armed: Tensor | None,
     moments: Tensor,
@@ -73,6 +100,11 @@ def update(
     backend: str | None = None,
 ) -> None:
     """Merge what tensors of one device hold into their rows."""
+    if backend is None:
+        backend = backends.active(STEM, moments.device)
+    buffers = (armed, moments, counts, histogram)
+    if not per_channel and update_plain(tensors, first_rows, *buffers, backend):
+        return
     chosen = [
         (*readable(tensor, per_channel), row)
         for tensor, row in zip(tensors, first_rows, strict=True)
@@ -80,7 +112,5 @@ def update(
     ]
     if not chosen:
         return
-    if backend is None:
-        backend = backends.active(STEM, moments.device)
     read, sizes, rows = map(list, zip(*chosen, strict=True))
-    kernel_of(backend)(read, sizes, rows, armed, moments, counts, histogram)
+    kernel_of(backend)(read, sizes, rows, *buffers)

@@ -17,6 +17,9 @@ from .clip_grad_norm import clip_coefficient, norm_dtype, total_norm
 
 ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
 
+# Sums over the elements of a parameter: see UpdateStats in csrc/core/adamw.h.
+UPDATE_STATS = ("grad_sq", "weight_sq", "update_sq", "moved", "stuck")
+
 
 @dataclass
 class Columns:
@@ -78,8 +81,13 @@ def adamw_(
     grads: Sequence[Tensor | None],
     hypers: Sequence[Hyper],
     options: Options,
+    update_stats: Tensor | None = None,
 ) -> Outcome:
-    """Update every parameter whose gradient is not None."""
+    """Update every parameter whose gradient is not None.
+
+    Their rows of ``update_stats``, float64 ``[P, len(UPDATE_STATS)]``, are written too, unless the
+    step is skipped.
+    """
     present = [grad for grad in grads if grad is not None]
     if not present:
         return Outcome(None, None)
@@ -101,8 +109,29 @@ def adamw_(
         skip = skip.reshape(())
     for row, grad in enumerate(grads):
         if grad is not None:
-            _update_one(columns, row, grad, hypers[columns.groups[row]], options, grad_factor, skip)
+            hyper = hypers[columns.groups[row]]
+            before = None if update_stats is None else _value(columns, row, options)
+            _update_one(columns, row, grad, hyper, options, grad_factor, skip)
+            if update_stats is not None and before is not None:
+                sums = _sums_of_update(grad, before, _value(columns, row, options))
+                _store(update_stats[row], sums, skip)
     return Outcome(norm, skip)
+
+
+def _value(columns: Columns, row: int, options: Options) -> Tensor:
+    """Return a float64 copy of what the next step would read of a parameter."""
+    stored, residual = columns.params[row], columns.residuals[row]
+    opmath = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    return _load_param(stored, residual, options.rounding, opmath).to(torch.float64, copy=True)
+
+
+def _sums_of_update(grad: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Return a row of :data:`UPDATE_STATS`."""
+    wide = grad.double()
+    moved = ~(after == before)  # NaN counts as moved
+    stuck = ~moved & (wide != 0)
+    squares = [values.square().sum() for values in (wide, before, after - before)]
+    return torch.stack([*squares, moved.sum().double(), stuck.sum().double()])
 
 
 def _update_one(

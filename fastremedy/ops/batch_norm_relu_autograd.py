@@ -57,8 +57,13 @@ class BatchNormReLU(torch.autograd.Function):
         options: dispatch.Options,
         group: Any,
         backend: str | None,
+        stats: list[Tensor] | None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Return the output; with ``wants_dead`` also saved statistics and dead outputs."""
+        """Return the output.
+
+        With ``wants_dead`` also saved statistics and dead outputs, or else ``stats`` gets them:
+        outputs that take part in no derivative are faster without autograd.
+        """
         tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
         output, saved, mask, dead = run_forward(tensors, options, group, backend)
         if mask is not None or options.activation == "identity":
@@ -66,6 +71,9 @@ class BatchNormReLU(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, saved, residual, mask)
         ctx.call = (options, group, backend)
         if dead is None:
+            return output
+        if stats is not None:
+            stats += (saved, dead)
             return output
         ctx.mark_non_differentiable(saved, dead)
         ctx.set_materialize_grads(False)
@@ -78,7 +86,7 @@ class BatchNormReLU(torch.autograd.Function):
         if grad_output is not None:
             differentiable = torch.is_grad_enabled()
             grads = (_differentiable_backward if differentiable else _backward)(ctx, grad_output)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def run_forward(

@@ -38,6 +38,15 @@ def total_norm(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     return norm
 
 
+def tensor_norms(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of each gradient, float64 on the first one's device; 0 of an empty one."""
+    norms = torch.zeros(len(grads), dtype=torch.float64, device=grads[0].device)
+    for norm, grad in zip(norms, grads, strict=True):
+        if grad.numel() > 0:
+            norm.copy_(torch.linalg.vector_norm(grad, norm_type, dtype=_wide(grad)))
+    return norms
+
+
 def _wide(grad: Tensor) -> torch.dtype:
     return torch.complex128 if grad.is_complex() else torch.float64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,9 +90,18 @@ def workspace(device: torch.device, num_bytes: int, stem: str = "") -> Tensor | 
 
 
 def clip_grad_norm_(
-    tensors: list[Tensor], max_norm: float, norm_type: float, *, from_grad: bool
+    tensors: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    *,
+    from_grad: bool,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Clip ``tensors``, or their ``.grad``; an infinite ``max_norm`` only measures."""
+    """Clip ``tensors``, or their ``.grad``; an infinite ``max_norm`` only measures.
+
+    ``observe`` is given the norms of the gradients before clipping, float64, one of each tensor
+    that has a gradient.
+    """
     first = _first_grad(tensors, from_grad)
     if first is None:
         return torch.tensor(0.0)
@@ -100,19 +109,33 @@ def clip_grad_norm_(
     if backend in ("cpu", "cuda"):
         native = _native.module_for(backend).GradList(tensors, from_grad)
         if native.is_uniform and (max_norm == math.inf or not native.has_duplicates):
-            return _clip_native(native, first, max_norm, norm_type)
+            norms = None if observe is None else _room_for_norms(len(native), first.device)
+            norm = _clip_native(native, first, max_norm, norm_type, norms)
+            if observe is not None and norms is not None:
+                observe(norms)
+            return norm
         grads = native.tensors
     else:
         grads = [grad for t in tensors if (grad := t.grad if from_grad else t) is not None]
-    if backend == "torch":
-        return definition.clip_grad_norm_(grads, max_norm, norm_type)
     if (
         backend == "triton"
         and _is_uniform(grads)
         and (max_norm == math.inf or not _has_duplicates(grads))
     ):
-        return _clip_triton(grads, max_norm, norm_type)
+        norms = None if observe is None else _room_for_norms(len(grads), first.device)
+        norm = _clip_triton(grads, max_norm, norm_type, norms)
+        if observe is not None and norms is not None:
+            observe(norms)
+        return norm
+    if observe is not None:
+        observe(definition.tensor_norms(grads, norm_type))
+    if backend == "torch":
+        return definition.clip_grad_norm_(grads, max_norm, norm_type)
     return _clip_mixed(grads, max_norm, norm_type)
+
+
+def _room_for_norms(count: int, device: torch.device) -> Tensor:
+    return torch.zeros(count, dtype=torch.float64, device=device)
 
 
 def _first_grad(tensors: Sequence[Tensor], from_grad: bool) -> Tensor | None:
@@ -121,12 +144,15 @@ def _first_grad(tensors: Sequence[Tensor], from_grad: bool) -> Tensor | None:
     return next((grad for t in tensors if (grad := t.grad) is not None), None)
 
 
-def _clip_native(native: Any, first: Tensor, max_norm: float, norm_type: float) -> Tensor:
+def _clip_native(
+    native: Any, first: Tensor, max_norm: float, norm_type: float, norms: Tensor | None = None
+) -> Tensor:
     dtype = torch.float64 if native.has_float64 else torch.float32
     norm = torch.empty((), dtype=dtype, device=first.device)
     memory = workspace(first.device, native.workspace_bytes())
     address = 0 if memory is None else memory.data_ptr()
-    if native.clip(max_norm, norm_type, norm.data_ptr(), address):
+    norms_address = 0 if norms is None else norms.data_ptr()
+    if native.clip(max_norm, norm_type, norm.data_ptr(), norms_address, address):
         torch.autograd.graph.increment_version(native.tensors)
     return norm
 
@@ -151,13 +177,13 @@ def _has_duplicates(grads: list[Tensor]) -> bool:
     return len(set(addresses)) < len(addresses)
 
 
-def _clip_triton(grads: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
+def _clip_triton(
+    grads: list[Tensor], max_norm: float, norm_type: float, norms: Tensor | None = None
+) -> Tensor:
     kernels = triton_kernels("clip_grad_norm")
-    if max_norm == math.inf:
-        norm: Tensor = kernels.grad_norm(grads, norm_type)
-        return norm
-    norm = kernels.clip_grad_norm_(grads, max_norm, norm_type)
-    torch.autograd.graph.increment_version(grads)
+    norm: Tensor = kernels.clip_grad_norm_(grads, max_norm, norm_type, norms)
+    if max_norm != math.inf:
+        torch.autograd.graph.increment_version(grads)
     return norm
 
 

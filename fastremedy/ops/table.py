@@ -61,8 +61,10 @@ class Table(Protocol):
     def set_grad(self, row: int, grad: Tensor) -> None:
         """Set a gradient with the layout of the row's parameter."""
 
-    def step(self, options: Options, num_skipped: Tensor) -> Outcome:
-        """Update all parameters that have a gradient."""
+    def step(
+        self, options: Options, num_skipped: Tensor, update_stats: Tensor | None = None
+    ) -> Outcome:
+        """Update all parameters that have a gradient; see ``adamw_`` for ``update_stats``."""
 
 
 def make_table(
@@ -120,7 +122,9 @@ class NativeTable:
         self.gather = self._table.gather
         self.set_grad = self._table.set_grad
 
-    def step(self, options: Options, num_skipped: Tensor) -> Outcome:
+    def step(
+        self, options: Options, num_skipped: Tensor, update_stats: Tensor | None = None
+    ) -> Outcome:
         """Update all parameters that have a gradient."""
         table = self._table
         if table.num_grads == 0:
@@ -140,6 +144,7 @@ class NativeTable:
             options.seed,
             0 if norm is None else norm.data_ptr(),
             num_skipped.data_ptr(),
+            0 if update_stats is None else update_stats.data_ptr(),
             0 if self._workspace is None else self._workspace.data_ptr(),
         )
         if not skipped:
@@ -208,14 +213,16 @@ class PythonTable:
             )
         self._grads[row] = grad
 
-    def step(self, options: Options, num_skipped: Tensor) -> Outcome:
+    def step(
+        self, options: Options, num_skipped: Tensor, update_stats: Tensor | None = None
+    ) -> Outcome:
         """Update all parameters that have a gradient."""
         columns, grads = self._rows.columns, self._grads
         self._grads = [None] * len(grads)
         if self._kernels is None:
-            outcome = definition.adamw_(columns, grads, self._hypers, options)
+            outcome = definition.adamw_(columns, grads, self._hypers, options, update_stats)
         else:
-            outcome = self._kernels.step(grads, self._hypers, options)
+            outcome = self._kernels.step(grads, self._hypers, options, update_stats)
             torch.autograd.graph.increment_version(columns.params)
         if outcome.skipped is not None:
             num_skipped += outcome.skipped

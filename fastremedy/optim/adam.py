@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..ops.adamw import Options
 from .options import check_options, fold_over_devices, on_device
 from .tables import Tables, name_of
+from .update_stats import RawUpdateStats, UpdateStats, resolve, room_for_stats
 
 # Without the wrapper that torch puts around the step of every class it instantiates: ours has one.
 _STEP_OF_TORCH = inspect.unwrap(torch.optim.Adam.step, stop=lambda f: not hasattr(f, "hooked"))
@@ -38,6 +39,10 @@ class Adam(torch.optim.Adam):
 
     # GradScaler hands over grad_scale and found_inf instead of touching the gradients.
     _step_supports_amp_scaling = True
+
+    #: Whether steps also measure what they do, in the pass that they make anyway.
+    collect_stats = False
+    _raw_stats: list[RawUpdateStats] | None = None
 
     def __init__(
         self,
@@ -110,6 +115,15 @@ class Adam(torch.optim.Adam):
         None before the first step, and where neither ``max_grad_norm`` nor ``nonfinite`` needs it.
         """
         return self._grad_norm
+
+    @property
+    def last_stats(self) -> UpdateStats | None:
+        """What the last step with ``collect_stats`` set did to the parameters; None before it.
+
+        ``optimizer.collect_stats = True`` makes steps measure the norms of gradient, parameter and
+        update, and count the elements that moved or did not though they had a gradient.
+        """
+        return None if self._raw_stats is None else resolve(self._raw_stats)
 
     @property
     def num_skipped(self) -> int:
@@ -248,17 +262,27 @@ class Adam(torch.optim.Adam):
             self.low_precision or "nearest",
             self.param_groups[0].get("noise_seed", 0),
         )
+        raw_stats = []
+        grad_scale = options.grad_scale
         if len(tables) > 1 and options.needs_norm:
             options, self._grad_norm = fold_over_devices([rows for rows, _ in tables], options)
         for rows, table in tables:
             packed = rows.packed()
             for owner, work in packed:
                 work.copy_(owner)
-            outcome = table.step(on_device(options, rows.device), self._count_on(rows.device))
+            sums = room_for_stats(rows) if self.collect_stats else None
+            num_skipped = self._count_on(rows.device)
+            outcome = table.step(on_device(options, rows.device), num_skipped, sums)
             for owner, work in packed:
                 owner.copy_(work)
             if outcome.total_norm is not None:
                 self._grad_norm = outcome.total_norm
+            if sums is not None:
+                if grad_scale is not None:
+                    sums[:, 0] /= grad_scale.to(rows.device, torch.float64).square()
+                raw_stats.append(RawUpdateStats(rows, sums))
+        if raw_stats:
+            self._raw_stats = raw_stats
         if self.nonfinite == "error":
             self._raise_if_nonfinite(options.found_inf)
 

@@ -199,26 +199,7 @@ class Statistics:
 
     def compute(self) -> Summary:
         """Return what the rows hold; the tensors are new and stay on the device."""
-        count, mean, m2, m3, m4, l1, least, most = self.moments.unbind(1)
-        zero, negative, nan, positive_inf, negative_inf = self.counts.unbind(1)
-        var = m2 / count
-        nothing = torch.where(count > 0, 0.0, torch.nan)
-        return Summary(
-            count.long(),
-            mean + nothing,
-            var,
-            var.sqrt(),
-            m3 / count / var.pow(1.5),
-            m4 / count / var.square() - 3,
-            least + nothing,
-            most + nothing,
-            torch.maximum(least.abs(), most.abs()) + nothing,
-            l1 + nothing,
-            (m2 + count * mean.square()).sqrt() + nothing,
-            zero / count,
-            negative / count,
-            *(values.clone() for values in (nan, positive_inf, negative_inf)),
-        )
+        return summarize(self.moments, self.counts)
 
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
         """Return quantiles of the finite values ``[R, Q]``, at most 6.1 % off.
@@ -239,6 +220,30 @@ class Statistics:
         if not bool(((points >= 0) & (points <= 1)).all()):
             raise ValueError(f"q must be in [0, 1], got {q}")
         return quantiles(self.histogram, self.moments, points.to(self.moments.device))
+
+
+def summarize(moments: Tensor, counts: Tensor) -> Summary:
+    """Return what rows ``[*, R, 8]`` and ``[*, R, 5]`` of the operator's results say."""
+    count, mean, m2, m3, m4, l1, least, most = moments.unbind(-1)
+    zero, negative, nan, positive_inf, negative_inf = counts.unbind(-1)
+    var = m2 / count
+    nothing = torch.where(count > 0, 0.0, torch.nan)
+    return Summary(
+        count.long(),
+        mean + nothing,
+        var,
+        var.sqrt(),
+        m3 / count / var.pow(1.5),
+        m4 / count / var.square() - 3,
+        least + nothing,
+        most + nothing,
+        torch.maximum(least.abs(), most.abs()) + nothing,
+        l1 + nothing,
+        (m2 + count * mean.square()).sqrt() + nothing,
+        zero / count,
+        negative / count,
+        *(values.clone() for values in (nan, positive_inf, negative_inf)),
+    )
 
 
 def _as_list(name: str, value: Any, is_one: Callable[[Any], bool]) -> list[Any]:

@@ -1,0 +1,59 @@
+"""Small tensors on their way to the host, for which nobody waits."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Parcel = dict[str, Tensor]
+
+
+class _Sent(NamedTuple):
+    step: int
+    parcel: Parcel
+    events: list[torch.cuda.Event]
+
+
+class Courier:
+    """Brings what steps leave to the host: copies on a side stream into pinned memory."""
+
+    def __init__(self) -> None:
+        """Nothing is on the way."""
+        self._sent: deque[_Sent] = deque()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def send(self, step: int, parcel: Parcel) -> None:
+        """Take tensors that nobody else will write to."""
+        events = []
+        for device in {tensor.device for tensor in parcel.values() if tensor.is_cuda}:
+            stream = self._streams.get(device)
+            if stream is None:
+                stream = self._streams[device] = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for name, tensor in parcel.items():
+                    if tensor.device == device:
+                        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                        parcel[name] = pinned.copy_(tensor, non_blocking=True)
+                        tensor.record_stream(stream)
+                events.append(stream.record_event())
+        self._sent.append(_Sent(step, parcel, events))
+
+    def arrived(self, wait: bool = False) -> list[tuple[int, Parcel]]:
+        """Return what has arrived since the last call, in order; with ``wait`` everything sent."""
+        arrived = []
+        while self._sent:
+            sent = self._sent[0]
+            if wait:
+                for event in sent.events:
+                    event.synchronize()
+            elif not all(event.query() for event in sent.events):
+                break
+            # Pinned memory is scarce: it goes back as soon as possible.
+            tensors = {n: t.clone() if sent.events else t for n, t in sent.parcel.items()}
+            arrived.append((sent.step, tensors))
+            self._sent.popleft()
+        return arrived

@@ -1,0 +1,281 @@
+"""The host side of a monitor: what the last steps have left, and the report on them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.activation_stats import COUNTS, MOMENTS, NUM_BUCKETS, empty_moments, merge
+from ..ops.adamw import UPDATE_STATS
+from ..optim.update_stats import columns_of
+from .courier import Parcel
+from .report import COLUMNS, STATISTICS, Part, Report
+from .selection import Layer, Parameter
+from .statistics import summarize
+from .units import UNIT_SUMS, sums_of_fused, sums_of_units
+
+_TOGETHER = 32  # steps that are condensed at a time
+_EDGE = 15 / 16  # outputs of a sigmoid or tanh beyond it count as saturated
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the numbers of layers and parameters stand in the statistics of a step."""
+
+    layers: list[Layer]
+    params: list[Parameter]
+    gradients: bool
+    weights: bool
+
+    @property
+    def first_gradient(self) -> int:
+        """Row of the gradient of the first parameter."""
+        return len(self.layers)
+
+    @property
+    def first_weight(self) -> int:
+        """Row of the first parameter."""
+        return self.first_gradient + len(self.params) * self.gradients
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.first_weight + len(self.params) * self.weights
+
+    @property
+    def saturating(self) -> list[int]:
+        """Layers whose outputs saturate."""
+        return [row for row, layer in enumerate(self.layers) if layer.kind is not None]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The numbers of a step, as float64; NaN where nothing is known."""
+
+    moments: Tensor  # [rows, 8]
+    counts: Tensor  # [rows, 5]
+    dead: Tensor  # [layers]
+    diversity: Tensor  # [layers]
+    updates: Tensor  # [params, 5]
+    saturated: Tensor  # [layers, 2]: number of saturated and of all values since the beginning
+
+
+class History:
+    """What the last steps have left; older ones are forgotten."""
+
+    def __init__(self, rows: Rows, capacity: int) -> None:
+        """Nothing has come in yet."""
+        self.rows = rows
+        self._parcels: deque[tuple[int, Parcel]] = deque(maxlen=capacity)
+        self._fresh: list[tuple[int, Parcel]] = []
+
+    def add(self, arrived: Iterable[tuple[int, Parcel]]) -> None:
+        """Keep what steps have left."""
+        self._fresh.extend(arrived)
+        if len(self._fresh) >= _TOGETHER:
+            self._condense()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what is kept, once there are as many steps as are kept at most."""
+        fresh = max((_bytes_of(parcel) for _, parcel in self._fresh), default=0)
+        kept = max((_bytes_of(parcel) for _, parcel in self._parcels), default=0)
+        return fresh * _TOGETHER + kept * (self._parcels.maxlen or 0)
+
+    def _condense(self) -> None:
+        """Keep numbers of layers instead of those of their units and buckets."""
+        by_layout: dict[tuple[str, int], list[Parcel]] = {}
+        for _, parcel in self._fresh:
+            for name in list(parcel):
+                if name.startswith("histogram"):
+                    parcel[name] = self._saturated(parcel[name])
+                elif " layout " in name:
+                    by_layout.setdefault((name, id(parcel[name])), []).append(parcel)
+        for (name, _), parcels in by_layout.items():
+            kind, _, device = name.split(" ", 2)
+            layout = parcels[0][name]
+
+            def taken(
+                what: str, kind: str = kind, device: str = device, parcels: list[Parcel] = parcels
+            ) -> Tensor:
+                return torch.stack([parcel.pop(f"{kind} {what} {device}") for parcel in parcels])
+
+            if kind == "fused":
+                sums = sums_of_fused(layout, taken("saved"), taken("dead"))
+            else:
+                sums = sums_of_units(layout, taken("each"))
+            for parcel, own in zip(parcels, sums, strict=True):
+                del parcel[name]
+                parcel[f"{kind} {device}"] = own.clone()
+        self._parcels.extend(self._fresh)
+        self._fresh = []
+
+    def report(self, parts: Iterable[str], histogram: Tensor, num_bytes: int) -> Report:
+        """Return what is known of these parts."""
+        self._condense()
+        rows, num_params = self.rows, len(self.rows.params)
+        steps = [self._step(parcel) for _, parcel in self._parcels]
+        spans = {
+            "activations": (0, [layer.name for layer in rows.layers]),
+            "gradients": (rows.first_gradient, [param.name for param in rows.params]),
+            "weights": (rows.first_weight, [param.name for param in rows.params]),
+        }
+        report = Report([step for step, _ in self._parcels], {}, num_bytes)
+        for name in parts:
+            if name == "updates":
+                updates = _stack([step.updates for step in steps], num_params, len(UPDATE_STATS))
+                numels = torch.tensor([p.tensor.numel() for p in rows.params]).double()
+                by_step = dict(zip(COLUMNS[name], columns_of(updates, numels), strict=True))
+                overall = {column: _median(values) for column, values in by_step.items()}
+                report.parts[name] = Part([p.name for p in rows.params], by_step, overall)
+                continue
+            first, names = spans[name]
+            span = slice(first, first + len(names))
+            moments = _stack([step.moments[span] for step in steps], len(names), len(MOMENTS))
+            counts = _stack([step.counts[span] for step in steps], len(names), len(COUNTS))
+            by_step = _columns(moments, counts)
+            total = torch.where(counts.isnan().all(0), torch.nan, counts.nansum(0))
+            overall = _columns(_merged(moments), total)
+            if name == "activations":
+                self._add_units(steps, by_step, overall)
+            report.parts[name] = Part(names, by_step, overall, histogram[span])
+        return report
+
+    def _add_units(
+        self, steps: list[_Step], by_step: dict[str, Tensor], overall: dict[str, Tensor]
+    ) -> None:
+        num_layers = len(self.rows.layers)
+        dead = _stack([step.dead for step in steps], num_layers)
+        diversity = _stack([step.diversity for step in steps], num_layers)
+        # Units that are dead all the time are at most those of any step.
+        least = torch.cat([dead, torch.full((1, num_layers), torch.inf)]).nan_to_num(torch.inf)
+        overall["dead"] = least.amin(0).masked_fill(dead.isnan().all(0), torch.nan)
+        overall["diversity"] = diversity.nanmean(0)
+        by_step["dead"], by_step["diversity"] = dead, diversity
+        saturated = _stack([step.saturated for step in steps], num_layers, 2)
+        known = saturated.nan_to_num(0.0).cummax(0).values if steps else saturated
+        grown = known.diff(dim=0, prepend=torch.zeros(1, num_layers, 2, dtype=torch.float64))
+        by_step["saturated"] = grown[..., 0] / grown[..., 1]
+        overall["saturated"] = known[-1, :, 0] / known[-1, :, 1] if steps else saturated.sum((0, 2))
+
+    def _step(self, parcel: Parcel) -> _Step:
+        rows, num_layers = self.rows, len(self.rows.layers)
+        moments = empty_moments(max(1, rows.count))
+        counts = torch.zeros(max(1, rows.count), len(COUNTS), dtype=torch.float64)
+        dead = torch.full((num_layers,), torch.nan, dtype=torch.float64)
+        diversity = dead.clone()
+        saturated = dead.new_full((num_layers, 2), torch.nan)
+        updates = dead.new_full((len(rows.params), len(UPDATE_STATS)), torch.nan)
+        for name, tensor in parcel.items():
+            what, _, which = name.rpartition(" ")
+            if what == "moments":
+                moments = merge(moments, tensor)
+            elif what == "counts":
+                counts += tensor
+            elif what == "histogram":
+                saturated[rows.saturating] = saturated[rows.saturating].nan_to_num(0.0)
+                saturated[rows.saturating] += tensor
+            elif what in ("fused", "units"):
+                layers, sums = tensor[:, 0].long(), tensor[:, 1:]
+                if what == "fused":
+                    fused = torch.empty_like(moments).copy_(empty_moments(1))
+                    fused[layers] = _moments_of_units(sums)
+                    moments = merge(moments, fused)
+                    self._add_fused_counts(counts, layers, sums)
+                dead[layers], diversity[layers] = self._health_of_units(what, layers, sums)
+            elif what == "updates":
+                _place(updates, parcel[f"update rows {which}"], tensor)
+        for name, tensor in parcel.items():  # measured before clipping: these win
+            if name.startswith("norms "):
+                into = parcel[name.replace("norms", "norm rows")]
+                _place(updates[:, :1], into, tensor.square()[:, None])
+        return _Step(moments, counts, dead, diversity, updates, saturated)
+
+    def _is_relu(self, layers: Tensor) -> Tensor:
+        modules = [self.rows.layers[row].module for row in layers.tolist()]
+        return torch.tensor([getattr(module, "activation", "") == "relu" for module in modules])
+
+    def _add_fused_counts(self, counts: Tensor, layers: Tensor, sums: Tensor) -> None:
+        zeros, nonfinite = sums[:, UNIT_SUMS.index("zeros") - 1], sums[:, -1]
+        counts[layers, 0] += torch.where(self._is_relu(layers), zeros, torch.nan)
+        counts[layers, 1] += torch.where(self._is_relu(layers), 0.0, torch.nan)
+        counts[layers, 2] += nonfinite
+
+    def _health_of_units(self, what: str, layers: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        units, _, _, between, within, _, num_dead, nonfinite = sums.unbind(1)
+        dead = num_dead / (units + nonfinite)
+        if what == "fused":
+            dead = torch.where(self._is_relu(layers), dead, torch.nan)
+        return dead, between / (between + within)
+
+    def _saturated(self, histogram: Tensor) -> Tensor:
+        """Return the numbers of saturated and of all values, from rows that saturate."""
+        buckets = torch.arange(NUM_BUCKETS, dtype=torch.int32)
+        lower = (buckets << 20).view(torch.float32)  # of the magnitude, with its sign
+        is_saturated = {
+            "sigmoid": (lower < 1 - _EDGE) | (lower >= _EDGE),
+            "tanh": lower.abs() >= _EDGE,
+        }
+        kinds = [str(self.rows.layers[row].kind) for row in self.rows.saturating]
+        parts = [
+            torch.stack([row[is_saturated[kind]].sum(), row.sum()])
+            for row, kind in zip(histogram, kinds, strict=True)
+        ]
+        return torch.stack(parts).double()
+
+
+def _columns(moments: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Return the columns :data:`STATISTICS`."""
+    summary = summarize(moments, counts)
+    columns = {
+        name: getattr(summary, name).double() for name in STATISTICS if hasattr(summary, name)
+    }
+    columns["mean_abs"] = summary.l1 / moments[..., 0]
+    columns["inf"] = (summary.positive_inf + summary.negative_inf).double()
+    return {name: columns[name] for name in STATISTICS}
+
+
+def _moments_of_units(sums: Tensor) -> Tensor:
+    """Return moments ``[n, 8]`` of the values of all units of a layer; NaN what they do not say."""
+    units, count, mean, between, within = sums[:, :5].unbind(1)
+    moments = sums.new_full((len(sums), len(MOMENTS)), torch.nan)
+    moments[:, 0] = count
+    moments[:, 1] = mean
+    moments[:, 2] = (between + within) * count / units
+    return moments
+
+
+def _merged(moments: Tensor) -> Tensor:
+    """Return the moments of all steps ``[S, R, 8]`` together ``[R, 8]``, pair by pair."""
+    if len(moments) == 0:
+        return empty_moments(moments.shape[1])
+    while len(moments) > 1:
+        half = len(moments) // 2
+        pairs = moments[: 2 * half].reshape(half, 2, -1, len(MOMENTS))
+        both = merge(pairs[:, 0].reshape(-1, len(MOMENTS)), pairs[:, 1].reshape(-1, len(MOMENTS)))
+        moments = torch.cat([both.reshape(half, -1, len(MOMENTS)), moments[2 * half :]])
+    return moments[0]
+
+
+def _bytes_of(parcel: Parcel) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in parcel.values())
+
+
+def _place(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write values to the rows that are ours, not those numbered -1."""
+    ours = rows >= 0
+    target[rows[ours]] = values[ours]
+
+
+def _median(values: Tensor) -> Tensor:
+    """Return medians over the steps that are known; a first step from zero has no finite ratio."""
+    empty = values.new_full(values.shape[1:], torch.nan)
+    return values.nanmedian(0).values if len(values) else empty
+
+
+def _stack(tensors: list[Tensor], *shape: int) -> Tensor:
+    return torch.stack(tensors) if tensors else torch.zeros(0, *shape, dtype=torch.float64)

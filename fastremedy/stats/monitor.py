@@ -1,0 +1,352 @@
+"""A monitor: what every layer of a model in training does, all the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import clip
+from ..functional.batch_norm_relu import RawStats
+from ..ops.dispatch import is_plain
+from ..optim import Adam
+from . import jsonlines, plot, table, tensorboard
+from .courier import Courier
+from .history import History, Rows
+from .hooks import Hooks, is_watched
+from .recorder import Recorder
+from .report import Report
+from .selection import Pattern, as_patterns, layers_of, parameters_of, tensors_in
+
+
+class Monitor:
+    """Watches activations, gradients, weights and updates of a model while it trains.
+
+    ::
+
+        with fastremedy.stats.Monitor(model, every=10) as monitor:
+            for images, labels in loader:
+                loss = criterion(model(images), labels)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                monitor.step()
+        print(monitor.summary())
+
+    Every output is read once, where it arises. Nothing waits for the device: numbers travel to the
+    host on a side stream while training goes on. In steps that are not monitored there are no
+    hooks.
+
+    What our own parts know is taken from them instead of reading tensors again. ``BatchNormReLU``
+    and modules after :func:`fastremedy.nn.fuse_` tell mean and variance of their *input*, dead
+    outputs and units with non-finite values (other columns stay unknown). The
+    :class:`fastremedy.optim.AdamW` tells norms of updates and which elements moved; other
+    optimizers leave those columns empty. :func:`fastremedy.clip_` tells the norm of each gradient.
+
+    Gradients are those of parameters, before clipping by :func:`fastremedy.clip_` or by our
+    optimizers, without the loss scale.
+
+    Outputs count while the model is in training mode. Recomputations of checkpointing do not. In
+    ``torch.compile`` and in CUDA graphs the monitor has to be attached before compilation or
+    capture; ``step`` stays outside.
+
+    Args:
+        model: its modules get hooks in the steps that are monitored, and nothing else.
+        every: monitor the first of every so many steps.
+        activations: statistics of what modules return.
+        gradients: statistics of the gradients of parameters.
+        weights: statistics of parameters.
+        updates: what steps do to parameters.
+        include: names or patterns (``"layer1.*"``) or classes of modules; None for all modules that
+            compute something: those without children. A name or a class includes others, too.
+        exclude: the same, for what to leave out.
+        per_channel: also keep statistics of every unit (channel), for ``dead`` and ``diversity`` of
+            all layers: one more read of every output.
+        histogram_every: take histograms at the first of every so many monitored steps; quantiles
+            and saturated outputs follow from them.
+        history: number of monitored steps that are kept.
+
+    Raises:
+        TypeError: ``model`` is no module, or a pattern is neither string nor class.
+        ValueError: a number is not positive; nothing of the model is included.
+
+    Example:
+        >>> import torch, fastremedy
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> optimizer = fastremedy.optim.AdamW(model.parameters())
+        >>> with fastremedy.stats.Monitor(model) as monitor:
+        ...     for _ in range(3):
+        ...         model(torch.ones(2, 4)).sum().backward()
+        ...         optimizer.step()
+        ...         monitor.step()
+        >>> monitor.to_dict()["activations"]["1"]["count"]
+        48.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 1,
+        activations: bool = True,
+        gradients: bool = True,
+        weights: bool = True,
+        updates: bool = True,
+        include: Pattern | Iterable[Pattern] | None = None,
+        exclude: Pattern | Iterable[Pattern] | None = None,
+        per_channel: bool = False,
+        *,
+        histogram_every: int = 8,
+        history: int = 256,
+    ) -> None:
+        """Choose what to watch; the model is left alone until :meth:`attach`."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        numbers = {"every": every, "histogram_every": histogram_every, "history": history}
+        for name, number in numbers.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be a positive integer, got {number!r}")
+        patterns = as_patterns("include", include), as_patterns("exclude", exclude)
+        layers = layers_of(model, *patterns) if activations else []
+        params = parameters_of(model, *patterns) if gradients or weights or updates else []
+        if not layers and not params:
+            raise ValueError(
+                f"nothing of the model is included: include={include!r}, exclude={exclude!r}"
+            )
+        wanted = {
+            "activations": activations,
+            "gradients": gradients,
+            "weights": weights,
+            "updates": updates,
+        }
+        self._model = model
+        self._every = every
+        self._histogram_every = histogram_every
+        self._per_channel = per_channel
+        self._parts = [name for name, is_wanted in wanted.items() if is_wanted]
+        self._rows = rows = Rows(layers, params, gradients, weights)
+        rows_of_params = {id(param.tensor): row for row, param in enumerate(params)}
+        self._watched = set(rows_of_params)
+        self._params = [param.tensor for param in params]
+        self._param_rows = list(range(rows.first_gradient, rows.count))
+        self._recorder = Recorder(max(1, rows.count), rows_of_params)
+        self._courier = Courier()
+        self._history = History(rows, history)
+        around_step = self._before_step, self._after_step
+        self._hooks = Hooks(layers, self._see_output, self._see_fused, around_step)
+        self._is_attached = False
+        self._num_steps = 0
+        self._num_monitored = 0
+        self._has_read_params = False
+        self._was_collecting: dict[Optimizer, bool] = {}
+        self._last_line: dict[Path, int] = {}
+        self._last_histograms: dict[str, Tensor] = {}
+
+    # --- life cycle ---
+
+    def attach(self) -> Monitor:
+        """Start to watch.
+
+        Raises:
+            RuntimeError: the monitor is attached already.
+        """
+        if self._is_attached:
+            raise RuntimeError("the monitor is attached already")
+        self._is_attached = True
+        for device in {param.device for param in self._model.parameters()}:
+            if device.type != "meta":
+                self._recorder.buffer(device)
+        self._arm(self._num_steps % self._every == 0)
+        return self
+
+    def detach(self) -> None:
+        """Stop to watch, and leave the model as it was; what is known stays."""
+        if self._is_attached:
+            self._arm(False)
+            self._is_attached = False
+
+    def __enter__(self) -> Monitor:
+        """Attach."""
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        """Detach."""
+        self.detach()
+
+    def step(self) -> None:
+        """Tell that a training step is over; call it once a step, after the optimizer's.
+
+        Raises:
+            RuntimeError: the monitor is not attached.
+        """
+        if not self._is_attached:
+            raise RuntimeError("the monitor is not attached: call attach() or use `with`")
+        if self._hooks.are_installed:
+            self._read_params()
+            for row, raw in self._hooks.unseen(self._recorder.fused_rows):
+                self._recorder.add_fused(row, raw)
+            rows = self._rows.saturating if self._takes_histogram else []
+            self._courier.send(self._num_steps, self._recorder.take(rows))
+            self._num_monitored += 1
+            self._has_read_params = False
+        self._history.add(self._courier.arrived())
+        self._num_steps += 1
+        is_armed = self._num_steps % self._every == 0
+        if is_armed != self._hooks.are_installed:
+            self._arm(is_armed)
+
+    def _arm(self, is_armed: bool) -> None:
+        self._recorder.arm(is_armed)
+        if is_armed:
+            self._hooks.install()
+            clip.observers.append(self)
+        elif self._hooks.are_installed:
+            self._hooks.remove()
+            clip.observers.remove(self)
+
+    @property
+    def _takes_histogram(self) -> bool:
+        return self._num_monitored % self._histogram_every == 0
+
+    # --- what hooks show ---
+
+    def _see_output(self, row: int, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._see_traced_output(row, output)
+            return
+        if not is_watched(self._model):
+            return
+        for tensor in [output] if type(output) is Tensor else tensors_in(output):
+            if not is_plain(tensor):
+                continue
+            self._recorder.add([tensor], [row], self._takes_histogram)
+            if self._per_channel and tensor.dim() > 1:
+                self._recorder.add_units(row, tensor.movedim(self._rows.layers[row].unit_dim, 1))
+
+    def _see_fused(self, row: int, raw: RawStats) -> None:
+        if is_watched(self._model):
+            self._recorder.add_fused(row, raw)
+
+    def _see_traced_output(self, row: int, output: Any) -> None:
+        """Become part of the compiled code, which measures if the device's flag says so."""
+        if not self._model.training or torch.compiler.is_exporting():
+            return
+        for tensor in tensors_in(output):
+            buffer = self._recorder.buffer(tensor.device)
+            statistics = buffer.statistics
+            torch.ops.fastremedy.activation_stats_(
+                [tensor.detach()],
+                [row],
+                False,
+                buffer.armed,
+                statistics.moments,
+                statistics.counts,
+                statistics.histogram,
+            )
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """See an optimizer about to step; with a closure there are no gradients yet."""
+        if not self._is_ours(optimizer):
+            return
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._read_params(getattr(optimizer, "grad_scale", None))
+        if isinstance(optimizer, Adam) and "updates" in self._parts:
+            self._was_collecting[optimizer] = optimizer.collect_stats
+            optimizer.collect_stats = True
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_ours(optimizer):
+            return
+        self._read_params()
+        if isinstance(optimizer, Adam) and optimizer in self._was_collecting:
+            optimizer.collect_stats = self._was_collecting.pop(optimizer)
+            if optimizer._raw_stats is not None:
+                self._recorder.add_updates(optimizer._raw_stats)
+
+    def _is_ours(self, optimizer: Optimizer) -> bool:
+        return any(
+            id(param) in self._watched
+            for group in optimizer.param_groups
+            for param in group["params"]
+        )
+
+    def before_clipping(self, tensors: list[Tensor]) -> None:
+        """Be an observer of ``clip_``."""
+        if any(id(tensor) in self._watched for tensor in tensors):
+            self._read_params()
+
+    def after_clipping(self, tensors: list[Tensor], norms: Tensor) -> None:
+        """Be an observer of ``clip_``."""
+        if "updates" in self._parts:
+            self._recorder.add_norms(tensors, norms)
+
+    @torch.no_grad()
+    def _read_params(self, grad_scale: Tensor | None = None) -> None:
+        """Read parameters and gradients, once a step."""
+        if self._has_read_params:
+            return
+        self._has_read_params = True
+        tensors: list[Tensor] = []
+        grads: list[Tensor | None] = []
+        if self._rows.gradients:
+            grads = [param.grad for param in self._params]
+            if grad_scale is not None:
+                grads = [g if g is None else g / grad_scale.to(g.device) for g in grads]
+            tensors += [grad for grad in grads if grad is not None]
+        rows = self._param_rows
+        if len(tensors) < len(grads):
+            rows = [row for row, g in zip(rows, grads, strict=False) if g is not None]
+            rows += self._param_rows[len(grads) :]
+        if self._rows.weights:
+            tensors += self._params
+        if tensors:
+            self._recorder.add(tensors, rows, self._takes_histogram)
+
+    # --- what is known ---
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the monitor holds, on host and devices, its history filled."""
+        return self._recorder.num_bytes + self._history.num_bytes
+
+    def report(self) -> Report:
+        """Return everything that is known; this waits for the device."""
+        self._history.add(self._courier.arrived(wait=True))
+        return self._history.report(self._parts, self._recorder.histogram(), self.num_bytes)
+
+    def summary(self) -> str:
+        """Return a table of all layers over the steps kept."""
+        return table.render(self.report())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return numbers over the steps kept, by part, layer or parameter, and column."""
+        return jsonlines.as_dict(self.report())
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Append a line of JSON for every step that this has not written to the file before."""
+        path = Path(path)
+        report = self.report()
+        with path.open("a") as file:
+            for line in jsonlines.lines(report, self._last_line.get(path, -1)):
+                file.write(line + "\n")
+        self._last_line[path] = max([*report.steps, self._last_line.get(path, -1)])
+
+    def to_tensorboard(self, writer: Any, step: int | None = None) -> None:
+        """Write the numbers of the last step, and histograms of what came since the last call.
+
+        Args:
+            writer: a ``torch.utils.tensorboard.SummaryWriter``.
+            step: where to draw them; the last step monitored if None.
+        """
+        report = self.report()
+        if report.steps:
+            step = report.steps[-1] if step is None else step
+            self._last_histograms = tensorboard.write(report, writer, step, self._last_histograms)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the layers against the steps kept."""
+        plot.draw(self.report(), Path(path))

@@ -1,0 +1,77 @@
+"""From numbers of the units (channels, neurons) of layers to numbers of the layers, on the host.
+
+Steps leave numbers of units as they come, since every small operation takes as long as a layer's
+statistics; many steps at once are summed up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+UNIT_SUMS = (
+    "layer",  # row of the layer
+    "units",  # with finite values; mean, between and within are theirs
+    "count",  # of their values
+    "mean",
+    "between",  # sum over units of the squared distance of their mean from that of the layer
+    "within",  # sum over units of their variances
+    "zeros",
+    "dead",  # units whose values were all zero
+    "nonfinite",  # units with values that are not finite
+)
+
+
+def layout_of(layers: Sequence[int], sizes: Sequence[int], numels: Sequence[int]) -> Tensor:
+    """Return where units belong, int64 ``[runs, 3]``.
+
+    ``sizes[i]`` units in a row belong to ``layers[i]``, with ``numels[i]`` values each if that is
+    known. A layer may come several times.
+    """
+    return torch.tensor([layers, sizes, numels], dtype=torch.int64).T
+
+
+def sums_of_fused(layout: Tensor, saved: Tensor, dead: Tensor) -> Tensor:
+    """Return :data:`UNIT_SUMS` ``[steps, layers, 9]``, from what BatchNormReLU measures.
+
+    Args:
+        layout: of U units.
+        saved: ``[steps, 4, U]``, first the means and last the variances.
+        dead: number of values that are not positive, ``[steps, U]``.
+    """
+    mean, var = saved[:, 0].double(), saved[:, 3].double()
+    count = layout[:, 2].repeat_interleave(layout[:, 1]).double().expand_as(mean)
+    return _sums(layout, count, mean, var, dead.double(), ~var.isfinite())
+
+
+def sums_of_units(layout: Tensor, statistics: Tensor) -> Tensor:
+    """Return :data:`UNIT_SUMS` ``[steps, layers, 9]``, from statistics of every unit.
+
+    Args:
+        layout: of U units.
+        statistics: count, mean, m2 and the counts of the operator, ``[steps, U, 8]``.
+    """
+    count, mean, m2, zeros = statistics[..., :4].unbind(-1)
+    var = torch.where(count > 0, m2 / count, 0.0)
+    return _sums(layout, count, mean, var, zeros, statistics[..., 5:].sum(-1) > 0)
+
+
+def _sums(
+    layout: Tensor, count: Tensor, mean: Tensor, var: Tensor, zeros: Tensor, nonfinite: Tensor
+) -> Tensor:
+    layers, places = layout[:, 0].unique(return_inverse=True)
+    index = places.repeat_interleave(layout[:, 1])
+    dead = (zeros == count) & (count > 0)
+    finite = (~nonfinite).double()
+    mean, var = torch.where(nonfinite, 0.0, mean), torch.where(nonfinite, 0.0, var)
+    each = [finite, count * finite, mean, zeros, dead.double(), nonfinite.double(), var]
+    added = mean.new_zeros(len(mean), len(layers), len(each))
+    added.index_add_(1, index, torch.stack(each, -1))
+    units, values, total, num_zeros, num_dead, num_nonfinite, within = added.unbind(-1)
+    middle = total / units
+    distance = (mean - middle[:, index]).square() * finite
+    between = torch.zeros_like(middle).index_add_(1, index, distance)
+    totals = [units, values, middle, between, within, num_zeros, num_dead, num_nonfinite]
+    return torch.stack([layers.double().expand_as(units), *totals], -1)
