@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "../core/activation_stats.h"
@@ -39,12 +40,15 @@ inline constexpr int64_t kNumTables = 4;
 inline constexpr int64_t kTableSize = kNumBuckets + 256;
 
 // Buckets are counted in the same loop if there are tables: they keep other parts of the CPU busy.
-template <bool kHasTables, class T>
-FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t n, Pilot<T> pilot,
-                                             uint32_t* __restrict tables) {
-  using Vector = typename VectorOf<T>::Type;
+template <bool kHasTables, int kVectorBytes, class T>
+inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __restrict values,
+                                                                 int64_t n, Pilot<T> pilot,
+                                                                 uint32_t* __restrict tables) {
+  using Vector = typename VectorOf<T, kVectorBytes>::Type;
   using Mask = decltype(Vector{} < Vector{});
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   constexpr int64_t kWidth = sizeof(Vector) / sizeof(T);
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
   // A difference in one operation, rounded as x - pilot is: the scale changes no digit.
   const T shift = pilot.value * pilot.scale;
   StretchSums<T> sums;
@@ -69,10 +73,14 @@ FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t
       t2 += d2;
       t3 += d2 * d;
       t4 += d2 * d2;
-      const Mask is_negative = x < T(0);
-      t5 += is_negative ? -x : x;
-      num_negative -= is_negative;
-      num_zero -= x == T(0);
+      Mask bits;
+      std::memcpy(&bits, &x, sizeof(bits));
+      bits &= kMagnitude;
+      Vector magnitude;
+      std::memcpy(&magnitude, &bits, sizeof(bits));
+      t5 += magnitude;
+      num_negative = x < T(0) ? num_negative + 1 : num_negative;
+      num_zero = x == T(0) ? num_zero + 1 : num_zero;
       min = x < min ? x : min;
       max = x > max ? x : max;
     }
@@ -103,6 +111,19 @@ FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t
     sums.max = std::max(sums.max, values[i]);
   }
   return sums;
+}
+
+template <bool kHasTables, class T>
+FASTREMEDY_CLONES_WITHOUT_MASKS StretchSums<T> sum_stretch(const T* values, int64_t n,
+                                                           Pilot<T> pilot, uint32_t* tables) {
+  return sum_vectors<kHasTables, 32>(values, n, pilot, tables);
+}
+
+// The loop is bound by the number of instructions: vectors of 64 bytes take half of them.
+template <bool kHasTables, class T>
+FASTREMEDY_AVX512 StretchSums<T> sum_stretch_avx512(const T* values, int64_t n, Pilot<T> pilot,
+                                                    uint32_t* tables) {
+  return sum_vectors<kHasTables, 64>(values, n, pilot, tables);
 }
 
 }  // namespace fastremedy::cpu

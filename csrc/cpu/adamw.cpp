@@ -125,21 +125,23 @@ class ParamBlock {
 template <class T>
 FASTREMEDY_CLONES void add_block(const T* __restrict grad, const T* __restrict before,
                                  const T* __restrict after, int64_t n, UpdateStats& sums) {
-  constexpr int64_t kLanes = 8;
+  constexpr int64_t kLanes = 16;
   double grad_sq[kLanes] = {}, weight_sq[kLanes] = {}, update_sq[kLanes] = {};
   double moved[kLanes] = {}, stuck[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t lanes = std::min(kLanes, n - i);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      UpdateStats s{grad_sq[lane], weight_sq[lane], update_sq[lane], moved[lane], stuck[lane]};
-      add_element(s, grad[i + lane], before[i + lane], after[i + lane]);
-      grad_sq[lane] = s.grad_sq;
-      weight_sq[lane] = s.weight_sq;
-      update_sq[lane] = s.update_sq;
-      moved[lane] = s.moved;
-      stuck[lane] = s.stuck;
-    }
+  const auto add = [&](int64_t lane, int64_t i) {
+    UpdateStats s{grad_sq[lane], weight_sq[lane], update_sq[lane], moved[lane], stuck[lane]};
+    add_element(s, grad[i], before[i], after[i]);
+    grad_sq[lane] = s.grad_sq;
+    weight_sq[lane] = s.weight_sq;
+    update_sq[lane] = s.update_sq;
+    moved[lane] = s.moved;
+    stuck[lane] = s.stuck;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) add(lane, i + lane);
   }
+  for (; i < n; ++i) add(i % kLanes, i);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     add_sums(sums, {grad_sq[lane], weight_sq[lane], update_sq[lane], moved[lane], stuck[lane]});
   }

@@ -35,9 +35,7 @@ def kernel_of(backend: str) -> Callable[..., Any]:
 
 
 def _with_scratch(native: Any, entry: Callable[..., Any]) -> Callable[..., Any]:
-    def run(
-        tensors: list[Tensor], sizes: list[Sizes] | None, rows: list[int], *rest: Any
-    ) -> bool:
+    def run(tensors: list[Tensor], sizes: list[Sizes] | None, rows: list[int], *rest: Any) -> bool:
         device = tensors[0].device
         needed = native.activation_stats_scratch_size(tensors, sizes, rows)
         if needed is None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Parcel = dict[str, Tensor]
+Parcel = dict[tuple[str, str], Tensor]  # what there is, and of which device or optimizer
 
 
 class _Sent(NamedTuple):
@@ -52,8 +52,9 @@ class Courier:
                     event.synchronize()
             elif not all(event.query() for event in sent.events):
                 break
-            # Pinned memory is scarce: it goes back as soon as possible.
-            tensors = {n: t.clone() if sent.events else t for n, t in sent.parcel.items()}
-            arrived.append((sent.step, tensors))
+            if sent.events:  # pinned memory is scarce
+                for name, tensor in sent.parcel.items():
+                    sent.parcel[name] = tensor.clone()
+            arrived.append((sent.step, sent.parcel))
             self._sent.popleft()
         return arrived

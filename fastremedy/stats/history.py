@@ -16,7 +16,7 @@ from .courier import Parcel
 from .report import COLUMNS, STATISTICS, Part, Report
 from .selection import Layer, Parameter
 from .statistics import summarize
-from .units import UNIT_SUMS, sums_of_fused, sums_of_units
+from .units import UNIT_SUMS, condense
 
 _TOGETHER = 32  # steps that are condensed at a time
 _EDGE = 15 / 16  # outputs of a sigmoid or tanh beyond it count as saturated
@@ -70,7 +70,7 @@ class History:
     def __init__(self, rows: Rows, capacity: int) -> None:
         """Nothing has come in yet."""
         self.rows = rows
-        self._parcels: deque[tuple[int, Parcel]] = deque(maxlen=capacity)
+        self._kept: deque[tuple[int, Parcel]] = deque(maxlen=capacity)
         self._fresh: list[tuple[int, Parcel]] = []
 
     def add(self, arrived: Iterable[tuple[int, Parcel]]) -> None:
@@ -82,49 +82,31 @@ class History:
     @property
     def num_bytes(self) -> int:
         """Memory of what is kept, once there are as many steps as are kept at most."""
-        fresh = max((_bytes_of(parcel) for _, parcel in self._fresh), default=0)
-        kept = max((_bytes_of(parcel) for _, parcel in self._parcels), default=0)
-        return fresh * _TOGETHER + kept * (self._parcels.maxlen or 0)
+        self._condense()
+        kept = max((_bytes_of(kept) for _, kept in self._kept), default=0)
+        return kept * (self._kept.maxlen or 0)
 
     def _condense(self) -> None:
         """Keep numbers of layers instead of those of their units and buckets."""
-        by_layout: dict[tuple[str, int], list[Parcel]] = {}
-        for _, parcel in self._fresh:
-            for name in list(parcel):
-                if name.startswith("histogram"):
-                    parcel[name] = self._saturated(parcel[name])
-                elif " layout " in name:
-                    by_layout.setdefault((name, id(parcel[name])), []).append(parcel)
-        for (name, _), parcels in by_layout.items():
-            kind, _, device = name.split(" ", 2)
-            layout = parcels[0][name]
-
-            def taken(
-                what: str, kind: str = kind, device: str = device, parcels: list[Parcel] = parcels
-            ) -> Tensor:
-                return torch.stack([parcel.pop(f"{kind} {what} {device}") for parcel in parcels])
-
-            if kind == "fused":
-                sums = sums_of_fused(layout, taken("saved"), taken("dead"))
-            else:
-                sums = sums_of_units(layout, taken("each"))
-            for parcel, own in zip(parcels, sums, strict=True):
-                del parcel[name]
-                parcel[f"{kind} {device}"] = own.clone()
-        self._parcels.extend(self._fresh)
+        condensed = condense([parcel for _, parcel in self._fresh])
+        for (step, _), kept in zip(self._fresh, condensed, strict=True):
+            for key, value in kept.items():
+                if key[0] == "histogram":
+                    kept[key] = self._saturated(value)
+            self._kept.append((step, kept))
         self._fresh = []
 
     def report(self, parts: Iterable[str], histogram: Tensor, num_bytes: int) -> Report:
         """Return what is known of these parts."""
         self._condense()
         rows, num_params = self.rows, len(self.rows.params)
-        steps = [self._step(parcel) for _, parcel in self._parcels]
+        steps = [self._step(kept) for _, kept in self._kept]
         spans = {
             "activations": (0, [layer.name for layer in rows.layers]),
             "gradients": (rows.first_gradient, [param.name for param in rows.params]),
             "weights": (rows.first_weight, [param.name for param in rows.params]),
         }
-        report = Report([step for step, _ in self._parcels], {}, num_bytes)
+        report = Report([step for step, _ in self._kept], {}, num_bytes)
         for name in parts:
             if name == "updates":
                 updates = _stack([step.updates for step in steps], num_params, len(UPDATE_STATS))
@@ -162,7 +144,7 @@ class History:
         by_step["saturated"] = grown[..., 0] / grown[..., 1]
         overall["saturated"] = known[-1, :, 0] / known[-1, :, 1] if steps else saturated.sum((0, 2))
 
-    def _step(self, parcel: Parcel) -> _Step:
+    def _step(self, kept: Parcel) -> _Step:
         rows, num_layers = self.rows, len(self.rows.layers)
         moments = empty_moments(max(1, rows.count))
         counts = torch.zeros(max(1, rows.count), len(COUNTS), dtype=torch.float64)
@@ -170,29 +152,26 @@ class History:
         diversity = dead.clone()
         saturated = dead.new_full((num_layers, 2), torch.nan)
         updates = dead.new_full((len(rows.params), len(UPDATE_STATS)), torch.nan)
-        for name, tensor in parcel.items():
-            what, _, which = name.rpartition(" ")
+        for (what, where), tensor in kept.items():
             if what == "moments":
                 moments = merge(moments, tensor)
             elif what == "counts":
                 counts += tensor
             elif what == "histogram":
-                saturated[rows.saturating] = saturated[rows.saturating].nan_to_num(0.0)
-                saturated[rows.saturating] += tensor
+                saturated[rows.saturating] = saturated[rows.saturating].nan_to_num(0.0) + tensor
             elif what in ("fused", "units"):
                 layers, sums = tensor[:, 0].long(), tensor[:, 1:]
                 if what == "fused":
-                    fused = torch.empty_like(moments).copy_(empty_moments(1))
+                    fused = empty_moments(len(moments))
                     fused[layers] = _moments_of_units(sums)
                     moments = merge(moments, fused)
                     self._add_fused_counts(counts, layers, sums)
                 dead[layers], diversity[layers] = self._health_of_units(what, layers, sums)
             elif what == "updates":
-                _place(updates, parcel[f"update rows {which}"], tensor)
-        for name, tensor in parcel.items():  # measured before clipping: these win
-            if name.startswith("norms "):
-                into = parcel[name.replace("norms", "norm rows")]
-                _place(updates[:, :1], into, tensor.square()[:, None])
+                _place(updates, kept["update rows", where], tensor)
+        for (what, where), tensor in kept.items():  # measured before clipping: these win
+            if what == "norms":
+                _place(updates[:, :1], kept["norm rows", where], tensor.square()[:, None])
         return _Step(moments, counts, dead, diversity, updates, saturated)
 
     def _is_relu(self, layers: Tensor) -> Tensor:
@@ -261,8 +240,8 @@ def _merged(moments: Tensor) -> Tensor:
     return moments[0]
 
 
-def _bytes_of(parcel: Parcel) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in parcel.values())
+def _bytes_of(kept: Parcel) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def _place(target: Tensor, rows: Tensor, values: Tensor) -> None:

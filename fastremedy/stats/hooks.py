@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -21,6 +21,7 @@ from .selection import Layer
 StepHook = Callable[[Optimizer, Any, Any], None]
 
 _OURS = ("collect_stats", "_last", "_watch")
+
 
 class Hook:
     """Shows a monitor what it is called with. A copy, as of a copied or loaded module, does not."""
@@ -98,13 +99,22 @@ class Hooks:
             vars(module).update(before)
         self._handles, self._fused = [], {}
 
-    def unseen(self, rows: set[int]) -> Iterator[tuple[int, RawStats]]:
-        """Yield what modules of other rows have measured in compiled code, where no hook runs."""
+    @property
+    def num_fused(self) -> int:
+        """Number of modules that measure by themselves."""
+        return len(self._fused)
+
+    def unseen(self, rows: list[int], before: dict[int, Tensor]) -> Iterator[tuple[int, RawStats]]:
+        """Yield what modules of other rows have measured in compiled code, where no hook runs.
+
+        ``before`` holds what rows had saved in the step before: it is not new.
+        """
         for row, (module, _) in self._fused.items():
-            if row not in rows and module._last is not self._known[row]:
-                assert module._last is not None
-                yield row, module._last
-            self._known[row] = module._last
+            last = module._last
+            if row not in rows and last is not None and last is not self._known[row]:
+                self._known[row] = last
+                if last.saved is not before.get(row):
+                    yield row, last
 
 
 def is_watched(output_of: nn.Module) -> bool:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from .. import clip
 from ..functional.batch_norm_relu import RawStats
-from ..ops.dispatch import is_plain
 from ..optim import Adam
 from . import jsonlines, plot, table, tensorboard
 from .courier import Courier
@@ -58,16 +57,16 @@ class Monitor:
         model: its modules get hooks in the steps that are monitored, and nothing else.
         every: monitor the first of every so many steps.
         activations: statistics of what modules return.
-        gradients: statistics of the gradients of parameters.
-        weights: statistics of parameters.
-        updates: what steps do to parameters.
+        gradients: statistics of the gradients of parameters, in full steps.
+        weights: statistics of parameters, in full steps.
+        updates: norms of gradients, parameters and updates, and which elements moved.
         include: names or patterns (``"layer1.*"``) or classes of modules; None for all modules that
             compute something: those without children. A name or a class includes others, too.
         exclude: the same, for what to leave out.
         per_channel: also keep statistics of every unit (channel), for ``dead`` and ``diversity`` of
             all layers: one more read of every output.
-        histogram_every: take histograms at the first of every so many monitored steps; quantiles
-            and saturated outputs follow from them.
+        full_every: the first of every so many monitored steps is a full one: histograms (quantiles
+            and saturated outputs follow from them), gradients and weights.
         history: number of monitored steps that are kept.
 
     Raises:
@@ -99,13 +98,13 @@ class Monitor:
         exclude: Pattern | Iterable[Pattern] | None = None,
         per_channel: bool = False,
         *,
-        histogram_every: int = 8,
+        full_every: int = 8,
         history: int = 256,
     ) -> None:
         """Choose what to watch; the model is left alone until :meth:`attach`."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        numbers = {"every": every, "histogram_every": histogram_every, "history": history}
+        numbers = {"every": every, "full_every": full_every, "history": history}
         for name, number in numbers.items():
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name} must be a positive integer, got {number!r}")
@@ -124,14 +123,13 @@ class Monitor:
         }
         self._model = model
         self._every = every
-        self._histogram_every = histogram_every
+        self._full_every = full_every
         self._per_channel = per_channel
         self._parts = [name for name, is_wanted in wanted.items() if is_wanted]
         self._rows = rows = Rows(layers, params, gradients, weights)
         rows_of_params = {id(param.tensor): row for row, param in enumerate(params)}
         self._watched = set(rows_of_params)
         self._params = [param.tensor for param in params]
-        self._param_rows = list(range(rows.first_gradient, rows.count))
         self._recorder = Recorder(max(1, rows.count), rows_of_params)
         self._courier = Courier()
         self._history = History(rows, history)
@@ -140,6 +138,7 @@ class Monitor:
         self._is_attached = False
         self._num_steps = 0
         self._num_monitored = 0
+        self._is_full = True
         self._has_read_params = False
         self._was_collecting: dict[Optimizer, bool] = {}
         self._last_line: dict[Path, int] = {}
@@ -186,11 +185,17 @@ class Monitor:
             raise RuntimeError("the monitor is not attached: call attach() or use `with`")
         if self._hooks.are_installed:
             self._read_params()
-            for row, raw in self._hooks.unseen(self._recorder.fused_rows):
-                self._recorder.add_fused(row, raw)
-            rows = self._rows.saturating if self._takes_histogram else []
+            seen = self._recorder.fused_rows
+            if len(seen) < self._hooks.num_fused:
+                for row, raw in self._hooks.unseen(seen, self._recorder.fused_before):
+                    self._recorder.add_fused(row, raw)
+            rows = self._rows.saturating if self._is_full else []
             self._courier.send(self._num_steps, self._recorder.take(rows))
             self._num_monitored += 1
+            is_full = self._num_monitored % self._full_every == 0
+            if is_full or self._is_full:
+                self._is_full = is_full
+                self._recorder.begin_step(is_full)
             self._has_read_params = False
         self._history.add(self._courier.arrived())
         self._num_steps += 1
@@ -207,10 +212,6 @@ class Monitor:
             self._hooks.remove()
             clip.observers.remove(self)
 
-    @property
-    def _takes_histogram(self) -> bool:
-        return self._num_monitored % self._histogram_every == 0
-
     # --- what hooks show ---
 
     def _see_output(self, row: int, module: nn.Module, args: Any, output: Any) -> None:
@@ -219,10 +220,10 @@ class Monitor:
             return
         if not is_watched(self._model):
             return
-        for tensor in [output] if type(output) is Tensor else tensors_in(output):
-            if not is_plain(tensor):
-                continue
-            self._recorder.add([tensor], [row], self._takes_histogram)
+        if type(output) is Tensor and not self._per_channel and self._recorder.add_one(output, row):
+            return
+        for tensor in tensors_in(output):
+            self._recorder.add([tensor], [row])
             if self._per_channel and tensor.dim() > 1:
                 self._recorder.add_units(row, tensor.movedim(self._rows.layers[row].unit_dim, 1))
 
@@ -290,21 +291,20 @@ class Monitor:
         if self._has_read_params:
             return
         self._has_read_params = True
-        tensors: list[Tensor] = []
-        grads: list[Tensor | None] = []
+        if not self._is_full:
+            return
+        found: list[Tensor | None] = []
         if self._rows.gradients:
-            grads = [param.grad for param in self._params]
+            found += [param.grad for param in self._params]
             if grad_scale is not None:
-                grads = [g if g is None else g / grad_scale.to(g.device) for g in grads]
-            tensors += [grad for grad in grads if grad is not None]
-        rows = self._param_rows
-        if len(tensors) < len(grads):
-            rows = [row for row, g in zip(rows, grads, strict=False) if g is not None]
-            rows += self._param_rows[len(grads) :]
+                found = [g if g is None else g / grad_scale.to(g.device) for g in found]
         if self._rows.weights:
-            tensors += self._params
+            found += self._params
+        tensors = [tensor for tensor in found if tensor is not None]
+        first = self._rows.first_gradient
+        rows = [row for row, tensor in enumerate(found, first) if tensor is not None]
         if tensors:
-            self._recorder.add(tensors, rows, self._takes_histogram)
+            self._recorder.add(tensors, rows)
 
     # --- what is known ---
 

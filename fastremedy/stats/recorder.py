@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +19,67 @@ from .selection import readable
 from .statistics import Statistics
 from .units import layout_of
 
-Buffers = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
+Arguments = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 
 
-class _Buffer(NamedTuple):
+class _Buffer:
     """Rows of one device."""
 
-    statistics: Statistics
-    armed: Tensor  # int32: captured and compiled code obeys it
-    nothing: Tensor  # moments of no value
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the monitor has no memory on {device} yet, which a CUDA graph cannot allocate: "
+                "run one step before the capture"
+            )
+        self.device = device
+        self.statistics = Statistics(num_rows, device=device)
+        self.armed = torch.ones((), dtype=torch.int32, device=device)  # also for compiled code
+        self.nothing = empty_moments(num_rows, device)
+        self.begin_step(True)
+
+    def begin_step(self, is_full: bool) -> None:
+        """Follow the choice of backends, and settle whether there will be histograms."""
+        self.backend = backends.active(dispatch.STEM, self.device)
+        self.kernel = dispatch.kernel_of(self.backend)
+        self.is_native = self.backend in ("cpu", "cuda")
+        self.is_on_cpu = self.backend == "cpu"
+        # armed, moments, counts and histogram
+        self.arguments = self._with(None, self.statistics.histogram if is_full else None)
+
+    def _with(self, armed: Tensor | None, histogram: Tensor | None) -> Arguments:
+        return armed, self.statistics.moments, self.statistics.counts, histogram
+
+    def arguments_now(self) -> Arguments:
+        """Return the arguments for a launch that a CUDA graph may be capturing."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._with(self.armed, self.statistics.histogram)
+        return self.arguments
 
     @property
     def num_bytes(self) -> int:
         """Memory of the rows."""
         return self.statistics.num_bytes + self.nothing.numel() * 8
+
+
+class _Fused:
+    """What modules of one device have measured by themselves, in the order of their calls.
+
+    Lists of what is needed, not of what was handed over: a step touches as few objects as possible,
+    for all of them have left the caches.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.numels: list[int] = []
+        self.saved: list[Tensor] = []
+        self.dead: list[Tensor] = []
+
+    def append(self, row: int, raw: RawStats) -> None:
+        """Add what a module has measured."""
+        self.rows.append(row)
+        self.numels.append(raw.numel)
+        self.saved.append(raw.saved)
+        self.dead.append(raw.dead)
 
 
 class Recorder:
@@ -45,32 +91,27 @@ class Recorder:
     def __init__(self, num_rows: int, rows_of_params: dict[int, int]) -> None:
         """Nothing is allocated yet; ``rows_of_params`` is keyed by the id of parameters."""
         self._num_rows = num_rows
+        self._is_full = True
         self._rows_of_params = rows_of_params
         self._lock = threading.Lock()
         self._buffers: dict[torch.device, _Buffer] = {}
-        self._layouts: dict[tuple[tuple[int, int, int], ...], Tensor] = {}
+        self._layouts: dict[tuple[int, ...], Tensor] = {}
         self._channels: dict[tuple[int, int, torch.device], Statistics] = {}
         self._places: dict[int, tuple[Rows, Tensor]] = {}
         # What this step has left; what was captured in a graph is there again at every replay.
-        self._fused: list[tuple[int, RawStats]] = []
+        self._fused: dict[torch.device, _Fused] = {}
+        self._before: dict[torch.device, _Fused] = {}
         self._updates: list[RawUpdateStats] = []
         self._norms: list[tuple[list[int], Tensor]] = []
-        self._captured_fused: list[tuple[int, RawStats]] = []
+        self._captured_fused: dict[torch.device, _Fused] = {}
         self._captured_updates: list[RawUpdateStats] = []
 
     def buffer(self, device: torch.device) -> _Buffer:
         """Return the rows of a device."""
         known = self._buffers.get(device)
         if known is None:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"the monitor has no memory on {device} yet, which a CUDA graph cannot "
-                    "allocate: run one step before the capture"
-                )
-            armed = torch.ones((), dtype=torch.int32, device=device)
-            statistics = Statistics(self._num_rows, device=device)
-            known = _Buffer(statistics, armed, empty_moments(self._num_rows, device))
-            self._buffers[device] = known
+            known = self._buffers[device] = _Buffer(self._num_rows, device)
+            known.begin_step(self._is_full)
         return known
 
     @property
@@ -81,14 +122,21 @@ class Recorder:
 
     # --- what hooks hand over ---
 
-    def add(self, tensors: list[Tensor], rows: list[int], with_histogram: bool) -> None:
+    def add_one(self, tensor: Tensor, row: int) -> bool:
+        """Add a tensor in the shortest way; False if that is not open, and nothing has happened."""
+        buffer = self._buffers.get(tensor.device)
+        if buffer is None or not buffer.is_on_cpu:
+            return False
+        with self._lock:
+            done: bool = buffer.kernel([tensor], None, [row], *buffer.arguments)
+        return done
+
+    def add(self, tensors: list[Tensor], rows: list[int]) -> None:
         """Add tensors to their rows, one launch for each device."""
-        device = tensors[0].device
-        buffers = self._buffers_of(device, with_histogram)
-        backend = backends.active(dispatch.STEM, device)
+        buffer = self.buffer(tensors[0].device)
         with self._lock:
             # Nearly always kernels can read everything as it is, which they see faster than Python.
-            if dispatch.update_plain(tensors, rows, *buffers, backend):
+            if buffer.is_native and buffer.kernel(tensors, None, rows, *buffer.arguments_now()):
                 return
         by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
         for tensor, row in zip(tensors, rows, strict=True):
@@ -98,18 +146,11 @@ class Recorder:
                 there[0].append(memory)
                 there[1].append(row)
         for device, (memories, their_rows) in by_device.items():
-            buffers = self._buffers_of(device, with_histogram)
+            buffer = self.buffer(device)
             with self._lock:
-                dispatch.update(memories, their_rows, False, *buffers)
-
-    def _buffers_of(self, device: torch.device, with_histogram: bool) -> Buffers:
-        """Return armed, moments, counts and histogram for a launch."""
-        buffer = self.buffer(device)
-        statistics = buffer.statistics
-        armed, histogram = None, statistics.histogram if with_histogram else None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            armed, histogram = buffer.armed, statistics.histogram
-        return armed, statistics.moments, statistics.counts, histogram
+                dispatch.update(
+                    memories, their_rows, False, *buffer.arguments_now(), buffer.backend
+                )
 
     def add_units(self, layer: int, tensor: Tensor) -> None:
         """Add a tensor ``[N, C, *]`` to statistics of the units of a layer."""
@@ -121,15 +162,21 @@ class Recorder:
 
     def add_fused(self, layer: int, raw: RawStats) -> None:
         """Take what a BatchNormReLU has measured in its own pass."""
-        with self._lock:
-            self._fused.append((layer, raw))
-            if _is_captured(raw.saved):
-                self._captured_fused.append((layer, raw))
+        device = raw.saved.device
+        self._fused.setdefault(device, _Fused()).append(layer, raw)
+        if _is_captured(raw.saved):
+            self._captured_fused.setdefault(device, _Fused()).append(layer, raw)
 
     @property
-    def fused_rows(self) -> set[int]:
+    def fused_before(self) -> dict[int, Tensor]:
+        """What layers had shown in the step before."""
+        pairs = [zip(fused.rows, fused.saved, strict=True) for fused in self._before.values()]
+        return {row: saved for pair in pairs for row, saved in pair}
+
+    @property
+    def fused_rows(self) -> list[int]:
         """Layers that have shown what they measured in this step."""
-        return {row for row, _ in self._fused}
+        return [row for fused in self._fused.values() for row in fused.rows]
 
     def add_updates(self, raws: Sequence[RawUpdateStats]) -> None:
         """Take what a step of our optimizers has measured."""
@@ -143,6 +190,12 @@ class Recorder:
 
     # --- once a step ---
 
+    def begin_step(self, is_full: bool) -> None:
+        """Settle whether a step takes histograms."""
+        self._is_full = is_full
+        for buffer in self._buffers.values():
+            buffer.begin_step(is_full)
+
     def arm(self, armed: bool) -> None:
         """Tell captured and compiled code whether to measure."""
         for buffer in self._buffers.values():
@@ -153,13 +206,13 @@ class Recorder:
         parcel: Parcel = {}
         for device, buffer in self._buffers.items():
             statistics = buffer.statistics
-            parcel[f"moments {device}"] = statistics.moments.clone()
-            parcel[f"counts {device}"] = statistics.counts.clone()
+            parcel["moments", str(device)] = statistics.moments.clone()
+            parcel["counts", str(device)] = statistics.counts.clone()
             statistics.moments.copy_(buffer.nothing)
             statistics.counts.zero_()
             if rows_with_histogram and statistics.histogram is not None:
                 rows = [statistics.histogram[row] for row in rows_with_histogram]
-                parcel[f"histogram {device}"] = torch.stack(rows)
+                parcel["histogram", str(device)] = torch.stack(rows)
         self._take_units(parcel)
         self._take_updates(parcel)
         return parcel
@@ -173,38 +226,34 @@ class Recorder:
         return total
 
     def _take_units(self, parcel: Parcel) -> None:
-        fused = self._fused or self._captured_fused
-        for device in {raw.saved.device for _, raw in fused}:
-            here = [(row, raw) for row, raw in fused if raw.saved.device == device]
-            layout = tuple((row, raw.saved.shape[1], raw.numel) for row, raw in here)
-            parcel[f"fused layout {device}"] = self._layout_of(layout)
-            parcel[f"fused saved {device}"] = torch.cat([raw.saved for _, raw in here], 1)
-            parcel[f"fused dead {device}"] = torch.cat([raw.dead for _, raw in here])
-        self._fused = []
+        for device, fused in (self._fused or self._captured_fused).items():
+            key = (*fused.rows, *fused.numels)
+            if key not in self._layouts:
+                sizes = [saved.shape[1] for saved in fused.saved]
+                self._layouts[key] = layout_of(fused.rows, sizes, fused.numels)
+            parcel["fused layout", str(device)] = self._layouts[key]
+            parcel["fused saved", str(device)] = torch.cat(fused.saved, 1)
+            parcel["fused dead", str(device)] = torch.cat(fused.dead)
+        self._before, self._fused = self._fused, {}
         for device in {device for _, _, device in self._channels}:
             channels = {key: s for key, s in self._channels.items() if key[2] == device}
-            layout = tuple((row, size, 0) for row, size, _ in channels)
+            key = tuple([number for row, size, _ in channels for number in (row, size)])
+            if key not in self._layouts:
+                self._layouts[key] = layout_of(key[::2], key[1::2], [0] * len(channels))
             moments = torch.cat([s.moments for s in channels.values()])
             counts = torch.cat([s.counts for s in channels.values()])
-            parcel[f"units layout {device}"] = self._layout_of(layout)
-            parcel[f"units each {device}"] = torch.cat([moments[:, :3], counts.double()], 1)
+            parcel["units layout", str(device)] = self._layouts[key]
+            parcel["units each", str(device)] = torch.cat([moments[:, :3], counts.double()], 1).T
             for statistics in channels.values():
                 statistics.reset()
 
-    def _layout_of(self, runs: tuple[tuple[int, int, int], ...]) -> Tensor:
-        """Return where units belong; the same tensor every time."""
-        known = self._layouts.get(runs)
-        if known is None:
-            known = self._layouts[runs] = layout_of(*zip(*runs, strict=True))
-        return known
-
     def _take_updates(self, parcel: Parcel) -> None:
         for i, raw in enumerate(self._updates or self._captured_updates):
-            parcel[f"update rows {i}"] = self._rows_of(raw.rows)
-            parcel[f"updates {i}"] = raw.sums
+            parcel["update rows", str(i)] = self._rows_of(raw.rows)
+            parcel["updates", str(i)] = raw.sums
         for i, (rows, norms) in enumerate(self._norms):
-            parcel[f"norm rows {i}"] = torch.tensor(rows, dtype=torch.int64)
-            parcel[f"norms {i}"] = norms
+            parcel["norm rows", str(i)] = torch.tensor(rows, dtype=torch.int64)
+            parcel["norms", str(i)] = norms
         self._updates, self._norms = [], []
 
     def _rows_of(self, rows: Rows) -> Tensor:

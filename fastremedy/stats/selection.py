@@ -147,11 +147,15 @@ def tensors_in(output: object) -> list[Tensor]:
 
 
 def readable(tensor: Tensor) -> Tensor | None:
-    """Return the memory behind a tensor as a real tensor, None if there is none."""
+    """Return the memory behind a tensor as real numbers, None if there is none."""
+    if torch._C._are_functorch_transforms_active():
+        return None
     tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor
     if tensor.layout == torch.sparse_coo:
         tensor = tensor._values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_floating_point():
+        return None
     is_memory = tensor.layout == torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
     return tensor if is_memory and tensor.device.type != "meta" else None

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .courier import Parcel
+
 UNIT_SUMS = (
     "layer",  # row of the layer
     "units",  # with finite values; mean, between and within are theirs
@@ -51,11 +53,11 @@ def sums_of_units(layout: Tensor, statistics: Tensor) -> Tensor:
 
     Args:
         layout: of U units.
-        statistics: count, mean, m2 and the counts of the operator, ``[steps, U, 8]``.
+        statistics: count, mean, m2 and the counts of the operator, ``[steps, 8, U]``.
     """
-    count, mean, m2, zeros = statistics[..., :4].unbind(-1)
+    count, mean, m2, zeros = statistics[:, :4].unbind(1)
     var = torch.where(count > 0, m2 / count, 0.0)
-    return _sums(layout, count, mean, var, zeros, statistics[..., 5:].sum(-1) > 0)
+    return _sums(layout, count, mean, var, zeros, statistics[:, 5:].sum(1) > 0)
 
 
 def _sums(
@@ -75,3 +77,32 @@ def _sums(
     between = torch.zeros_like(middle).index_add_(1, index, distance)
     totals = [units, values, middle, between, within, num_zeros, num_dead, num_nonfinite]
     return torch.stack([layers.double().expand_as(units), *totals], -1)
+
+
+def condense(parcels: Sequence[Parcel]) -> list[Parcel]:
+    """Return what parcels hold, with :data:`UNIT_SUMS` in place of the numbers of units."""
+    condensed: list[Parcel] = []
+    alike: dict[tuple[str, str, int], list[int]] = {}  # parcels whose units have one layout
+    for i, parcel in enumerate(parcels):
+        condensed.append({})
+        for (what, where), value in parcel.items():
+            kind, _, detail = what.partition(" ")
+            if kind not in ("fused", "units"):
+                condensed[i][what, where] = value
+            elif detail == "layout":
+                alike.setdefault((kind, where, id(value)), []).append(i)
+    for (kind, where, _), members in alike.items():
+
+        def steps(
+            detail: str, kind: str = kind, where: str = where, members: list[int] = members
+        ) -> Tensor:
+            return torch.stack([parcels[i][f"{kind} {detail}", where] for i in members])
+
+        layout = parcels[members[0]][f"{kind} layout", where]
+        if kind == "fused":
+            sums = sums_of_fused(layout, steps("saved"), steps("dead"))
+        else:
+            sums = sums_of_units(layout, steps("each"))
+        for i, row in zip(members, sums, strict=True):
+            condensed[i][kind, where] = row.clone()
+    return condensed
