@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -104,16 +104,16 @@ class Hooks:
         """Number of modules that measure by themselves."""
         return len(self._fused)
 
-    def unseen(self, rows: list[int], before: dict[int, Tensor]) -> Iterator[tuple[int, RawStats]]:
+    def unseen(self, rows: list[int], before: dict[int, int]) -> Iterator[tuple[int, RawStats]]:
         """Yield what modules of other rows have measured in compiled code, where no hook runs.
 
-        ``before`` holds what rows had saved in the step before: it is not new.
+        ``before`` holds the id of what rows had shown in the step before: it is not new.
         """
         for row, (module, _) in self._fused.items():
             last = module._last
             if row not in rows and last is not None and last is not self._known[row]:
                 self._known[row] = last
-                if last.saved is not before.get(row):
+                if id(last) != before.get(row):
                     yield row, last
 
 

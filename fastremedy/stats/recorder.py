@@ -70,6 +70,7 @@ class _Fused:
 
     def __init__(self) -> None:
         self.rows: list[int] = []
+        self.ids: list[int] = []
         self.numels: list[int] = []
         self.saved: list[Tensor] = []
         self.dead: list[Tensor] = []
@@ -77,6 +78,7 @@ class _Fused:
     def append(self, row: int, raw: RawStats) -> None:
         """Add what a module has measured."""
         self.rows.append(row)
+        self.ids.append(id(raw))
         self.numels.append(raw.numel)
         self.saved.append(raw.saved)
         self.dead.append(raw.dead)
@@ -100,7 +102,8 @@ class Recorder:
         self._places: dict[int, tuple[Rows, Tensor]] = {}
         # What this step has left; what was captured in a graph is there again at every replay.
         self._fused: dict[torch.device, _Fused] = {}
-        self._before: dict[torch.device, _Fused] = {}
+        # The ids of what layers had shown in the step before; their modules keep it alive.
+        self.fused_before: dict[int, int] = {}
         self._updates: list[RawUpdateStats] = []
         self._norms: list[tuple[list[int], Tensor]] = []
         self._captured_fused: dict[torch.device, _Fused] = {}
@@ -168,12 +171,6 @@ class Recorder:
             self._captured_fused.setdefault(device, _Fused()).append(layer, raw)
 
     @property
-    def fused_before(self) -> dict[int, Tensor]:
-        """What layers had shown in the step before."""
-        pairs = [zip(fused.rows, fused.saved, strict=True) for fused in self._before.values()]
-        return {row: saved for pair in pairs for row, saved in pair}
-
-    @property
     def fused_rows(self) -> list[int]:
         """Layers that have shown what they measured in this step."""
         return [row for fused in self._fused.values() for row in fused.rows]
@@ -234,7 +231,12 @@ class Recorder:
             parcel["fused layout", str(device)] = self._layouts[key]
             parcel["fused saved", str(device)] = torch.cat(fused.saved, 1)
             parcel["fused dead", str(device)] = torch.cat(fused.dead)
-        self._before, self._fused = self._fused, {}
+        self.fused_before = {
+            row: shown
+            for fused in self._fused.values()
+            for row, shown in zip(fused.rows, fused.ids, strict=True)
+        }
+        self._fused = {}
         for device in {device for _, _, device in self._channels}:
             channels = {key: s for key, s in self._channels.items() if key[2] == device}
             key = tuple([number for row, size, _ in channels for number in (row, size)])
