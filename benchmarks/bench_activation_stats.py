@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastremedy import bench
-from fastremedy.stats import Statistics
+from fastremedy import bench, demo
+from fastremedy.stats import Monitor, Statistics
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,41 @@ def bench_statistics(
     note = "with histogram, which stock has not" if histogram else ""
     num_bytes = case.dtype.itemsize
     compare("activation_stats", case, candidates, device, note=note, bytes_per_element=num_bytes)
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A training step of the demo."""
+
+    rounds: int = 200
+    target: float | None = None
+    elements: int = 0  # not a matter of bandwidth
+
+    def __str__(self) -> str:
+        """Return what the step is of."""
+        return "training step of the demo"
+
+
+@pytest.mark.parametrize("device", bench.devices(), ids=str)
+def bench_monitor(device: torch.device, compare: Callable[..., None]) -> None:
+    images = torch.randn(demo.BATCH_SIZE, 1, 8, 8, device=device)
+    labels = torch.randint(10, (demo.BATCH_SIZE,), device=device)
+
+    def training(every: int | None) -> Callable[[], object]:
+        run = demo.our_run("", demo.network().to(device), num_steps=10**6)
+        monitor = None if every is None else Monitor(run.model, every).attach()
+
+        def step() -> None:
+            run.step(images, labels)
+            if monitor is not None:
+                monitor.step()
+
+        return step
+
+    with demo.exact():
+        candidates = {
+            bench.OURS: training(every=1),
+            "not monitored": training(every=None),
+            "between": training(every=10**6),
+        }
+        compare("activation_stats", StepCase(), candidates, device, note="a monitor of every step")

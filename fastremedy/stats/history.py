@@ -154,9 +154,9 @@ class History:
         updates = dead.new_full((len(rows.params), len(UPDATE_STATS)), torch.nan)
         for (what, where), tensor in kept.items():
             if what == "moments":
-                moments = merge(moments, tensor)
+                moments[: len(tensor)] = merge(moments[: len(tensor)], tensor)
             elif what == "counts":
-                counts += tensor
+                counts[: len(tensor)] += tensor
             elif what == "histogram":
                 saturated[rows.saturating] = saturated[rows.saturating].nan_to_num(0.0) + tensor
             elif what in ("fused", "units"):

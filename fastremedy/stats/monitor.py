@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +141,7 @@ class Monitor:
         self._num_monitored = 0
         self._is_full = True
         self._has_read_params = False
+        self._ours: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
         self._was_collecting: dict[Optimizer, bool] = {}
         self._last_line: dict[Path, int] = {}
         self._last_histograms: dict[str, Tensor] = {}
@@ -189,8 +191,11 @@ class Monitor:
             if len(seen) < self._hooks.num_fused:
                 for row, raw in self._hooks.unseen(seen, self._recorder.fused_before):
                     self._recorder.add_fused(row, raw)
-            rows = self._rows.saturating if self._is_full else []
-            self._courier.send(self._num_steps, self._recorder.take(rows))
+            num_rows, rows_with_histogram = len(self._rows.layers), []
+            if self._is_full:
+                num_rows, rows_with_histogram = self._rows.count, self._rows.saturating
+            parcel = self._recorder.take(num_rows, rows_with_histogram)
+            self._courier.send(self._num_steps, parcel)
             self._num_monitored += 1
             is_full = self._num_monitored % self._full_every == 0
             if is_full or self._is_full:
@@ -269,11 +274,15 @@ class Monitor:
                 self._recorder.add_updates(optimizer._raw_stats)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
-        return any(
-            id(param) in self._watched
-            for group in optimizer.param_groups
-            for param in group["params"]
-        )
+        """Whether an optimizer updates what is watched; asked at every step of any optimizer."""
+        groups = optimizer.param_groups
+        known = self._ours.get(optimizer)
+        if known is None or known[0] != len(groups):
+            is_ours = any(
+                id(param) in self._watched for group in groups for param in group["params"]
+            )
+            known = self._ours[optimizer] = len(groups), is_ours
+        return known[1]
 
     def before_clipping(self, tensors: list[Tensor]) -> None:
         """Be an observer of ``clip_``."""

@@ -85,12 +85,14 @@ def _activations(layers: Layers) -> list[Panel]:
     def known(column: str) -> Tensor:
         return layers.reduce("activations", layers.by_step("activations", column))
 
-    rows = layers.rows_of("activations")
     non_finite = _non_finite(layers, "activations")
     std, idle = known("std"), torch.fmax(known("dead"), known("saturated"))
     heading = "dead or saturated share"
     if idle.isnan().all():
         idle, heading = known("zeros"), "share of zeros"
+    # Layers that were never called have nothing to show, as those that fuse_ has fused away.
+    counts = layers.reduce("activations", layers.by_step("activations", "count"))
+    rows = [row for row in layers.rows_of("activations") if not (counts[:, row] == 0).all()]
     can_idle = [row for row in rows if not idle[:, row].isnan().all()]
     return _worth_drawing(
         Panel("std of activations", rows, std, non_finite, _log_limits(std)),

@@ -198,15 +198,16 @@ class Recorder:
         for buffer in self._buffers.values():
             buffer.armed.fill_(int(armed))
 
-    def take(self, rows_with_histogram: Sequence[int]) -> Parcel:
-        """Return what the step has left, on the devices, and start the next one from nothing."""
+    def take(self, num_rows: int, rows_with_histogram: Sequence[int]) -> Parcel:
+        """Return what a step has left in the first rows, and start the next one from nothing."""
         parcel: Parcel = {}
         for device, buffer in self._buffers.items():
             statistics = buffer.statistics
-            parcel["moments", str(device)] = statistics.moments.clone()
-            parcel["counts", str(device)] = statistics.counts.clone()
-            statistics.moments.copy_(buffer.nothing)
-            statistics.counts.zero_()
+            moments, counts = statistics.moments[:num_rows], statistics.counts[:num_rows]
+            parcel["moments", str(device)] = moments.clone()
+            parcel["counts", str(device)] = counts.clone()
+            moments.copy_(buffer.nothing[:num_rows])
+            counts.zero_()
             if rows_with_histogram and statistics.histogram is not None:
                 rows = [statistics.histogram[row] for row in rows_with_histogram]
                 parcel["histogram", str(device)] = torch.stack(rows)

@@ -34,8 +34,11 @@ def render(report: Report, color: bool | None = None) -> str:
     """
     layers = Layers(report)
     shown = columns(layers)
+    cells = [[column.cell(row) for column in shown] for row in range(len(layers.names))]
     names = [title(name) for name in layers.names]
-    cells = [[column.cell(row) for column in shown] for row in range(len(names))]
+    # A ReLU that fuse_ has made part of the BatchNorm before it has nothing to tell.
+    known = [row for row, texts in enumerate(cells) if any(texts)] or list(range(len(names)))
+    names, cells = [names[row] for row in known], [cells[row] for row in known]
     headings = ["layer", *(column.heading for column in shown)]
     color = sys.stdout.isatty() if color is None else color
     if importlib.util.find_spec("rich") and names:
