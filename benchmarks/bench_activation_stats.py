@@ -81,20 +81,22 @@ def bench_statistics(
 
 
 @dataclass(frozen=True)
-class StepCase:
-    """A training step of the demo."""
+class StepsCase:
+    """Training steps of the demo: several at a time, as one network after the other trains."""
 
-    rounds: int = 200
+    steps: int = 8  # one of them is a full one
+    rounds: int = 30
     target: float | None = None
     elements: int = 0  # not a matter of bandwidth
 
     def __str__(self) -> str:
-        """Return what the step is of."""
-        return "training step of the demo"
+        """Return what the steps are of."""
+        return f"{self.steps} training steps of the demo"
 
 
 @pytest.mark.parametrize("device", bench.devices(), ids=str)
 def bench_monitor(device: torch.device, compare: Callable[..., None]) -> None:
+    case = StepsCase()
     images = torch.randn(demo.BATCH_SIZE, 1, 8, 8, device=device)
     labels = torch.randint(10, (demo.BATCH_SIZE,), device=device)
 
@@ -102,12 +104,13 @@ def bench_monitor(device: torch.device, compare: Callable[..., None]) -> None:
         run = demo.our_run("", demo.network().to(device), num_steps=10**6)
         monitor = None if every is None else Monitor(run.model, every).attach()
 
-        def step() -> None:
-            run.step(images, labels)
-            if monitor is not None:
-                monitor.step()
+        def train() -> None:
+            for _ in range(case.steps):
+                run.step(images, labels)
+                if monitor is not None:
+                    monitor.step()
 
-        return step
+        return train
 
     with demo.exact():
         candidates = {
@@ -115,4 +118,4 @@ def bench_monitor(device: torch.device, compare: Callable[..., None]) -> None:
             "not monitored": training(every=None),
             "between": training(every=10**6),
         }
-        compare("activation_stats", StepCase(), candidates, device, note="a monitor of every step")
+        compare("activation_stats", case, candidates, device, note="a monitor of every step")

@@ -93,6 +93,7 @@ PUBLIC = [
     "nn.FocalLoss",
     "nn.class_balanced_alpha",
     "stats.Statistics",
+    "stats.Monitor",
 ]
 
 

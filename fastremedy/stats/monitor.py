@@ -54,6 +54,9 @@ class Monitor:
     ``torch.compile`` and in CUDA graphs the monitor has to be attached before compilation or
     capture; ``step`` stays outside.
 
+    Equivalent to: forward hooks that take statistics of outputs, and loops over the parameters
+    before and after the optimizer's step.
+
     Args:
         model: its modules get hooks in the steps that are monitored, and nothing else.
         every: monitor the first of every so many steps.
@@ -84,7 +87,7 @@ class Monitor:
         ...         optimizer.step()
         ...         monitor.step()
         >>> monitor.to_dict()["activations"]["1"]["count"]
-        48.0
+        48
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -101,12 +102,12 @@ class Recorder:
         self._channels: dict[tuple[int, int, torch.device], Statistics] = {}
         self._places: dict[int, tuple[Rows, Tensor]] = {}
         # What this step has left; what was captured in a graph is there again at every replay.
-        self._fused: dict[torch.device, _Fused] = {}
+        self._fused: defaultdict[torch.device, _Fused] = defaultdict(_Fused)
         # The ids of what layers had shown in the step before; their modules keep it alive.
         self.fused_before: dict[int, int] = {}
         self._updates: list[RawUpdateStats] = []
         self._norms: list[tuple[list[int], Tensor]] = []
-        self._captured_fused: dict[torch.device, _Fused] = {}
+        self._captured_fused: defaultdict[torch.device, _Fused] = defaultdict(_Fused)
         self._captured_updates: list[RawUpdateStats] = []
 
     def buffer(self, device: torch.device) -> _Buffer:
@@ -166,9 +167,9 @@ class Recorder:
     def add_fused(self, layer: int, raw: RawStats) -> None:
         """Take what a BatchNormReLU has measured in its own pass."""
         device = raw.saved.device
-        self._fused.setdefault(device, _Fused()).append(layer, raw)
+        self._fused[device].append(layer, raw)
         if _is_captured(raw.saved):
-            self._captured_fused.setdefault(device, _Fused()).append(layer, raw)
+            self._captured_fused[device].append(layer, raw)
 
     @property
     def fused_rows(self) -> list[int]:
@@ -237,7 +238,7 @@ class Recorder:
             for fused in self._fused.values()
             for row, shown in zip(fused.rows, fused.ids, strict=True)
         }
-        self._fused = {}
+        self._fused = defaultdict(_Fused)
         for device in {device for _, _, device in self._channels}:
             channels = {key: s for key, s in self._channels.items() if key[2] == device}
             key = tuple([number for row, size, _ in channels for number in (row, size)])
