@@ -1,11 +1,12 @@
 """Cures for the common ailments of neural-network training, faster than stock PyTorch."""
 
-from . import backends, functional, nn, ops, optim, stats
+from . import amp, backends, functional, nn, ops, optim, stats
 from ._version import __version__
 from .clip import clip_, clip_value_, grad_norm
 
 __all__ = [
     "__version__",
+    "amp",
     "backends",
     "clip_",
     "clip_value_",

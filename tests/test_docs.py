@@ -94,6 +94,7 @@ PUBLIC = [
     "nn.class_balanced_alpha",
     "stats.Statistics",
     "stats.Monitor",
+    "amp.GradScaler",
 ]
 
 

@@ -192,7 +192,7 @@ class Statistics:
 
     def reset(self) -> None:
         """Forget everything, in place."""
-        self.moments.copy_(empty_moments(self.num_rows))
+        self.moments.copy_(empty_moments(self.num_rows, self.moments.device))
         self.counts.zero_()
         if self.histogram is not None:
             self.histogram.zero_()
