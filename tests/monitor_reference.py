@@ -22,8 +22,9 @@ NOTHING = torch.zeros(0)
 def make_model(*last: nn.Module) -> nn.Sequential:
     """Return a small network with every kind of activation that the table tells apart."""
     return nn.Sequential(
-        nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Sigmoid(), nn.Linear(8, 4), nn.ReLU(), *last
-    )
+        nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Sigmoid(), nn.Linear(8, 4), nn.ReLU(),
+        *last,
+    )  # fmt: skip
 
 
 def make_input(step: int = 0, size: int = 5, device: torch.device | str = "cpu") -> Tensor:

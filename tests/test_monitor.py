@@ -315,7 +315,7 @@ def test_errors(options: dict[str, object], error: type[Exception], message: str
 
 
 def test_model_must_be_a_module() -> None:
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got list"):
         Monitor([nn.Linear(1, 1)])  # type: ignore[arg-type]
 
 

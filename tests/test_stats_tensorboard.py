@@ -147,3 +147,13 @@ def test_tensorboard_of_little(tmp_path: Path, poor: str) -> None:
         for values in part.by_step.values()
     )
     assert len(tags) == num_known
+
+
+def test_scalars_are_the_last_that_are_known(tmp_path: Path) -> None:
+    part = make_part("weights", ["a", "b"], num_steps=3, mean=1.0)
+    part.by_step["mean"] = torch.tensor(
+        [[1.0, math.nan], [2.0, math.nan], [math.nan, math.nan]], dtype=torch.float64
+    )
+    events = write(tmp_path, Report([0, 1, 2], {"weights": part}))
+    assert [event.value for event in events.Scalars("weights/a/mean")] == [2.0]
+    assert "weights/b/mean" not in events.Tags()["scalars"]

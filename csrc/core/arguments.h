@@ -21,7 +21,8 @@ struct GradNormArgs {
   ClipResult* result;
   void* total_norm;  // float32 or float64 scalar, may be null
   DType total_norm_dtype;
-  // Null, or [number of grads]: the norm of each gradient, 0 where there is none. With kNone null.
+  // Null, or [number of grads], 0 on entry: the norm of each gradient that has elements. With kNone
+  // null.
   double* tensor_norms;
 };
 

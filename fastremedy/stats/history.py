@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..ops.activation_stats import COUNTS, MOMENTS, NUM_BUCKETS, empty_moments, 
 from ..ops.adamw import UPDATE_STATS
 from ..optim.update_stats import columns_of
 from .courier import Parcel
+from .ranks import least_known, over_ranks
 from .report import COLUMNS, STATISTICS, Part, Report
 from .selection import Layer, Parameter
 from .statistics import summarize
@@ -61,7 +63,7 @@ class _Step:
     dead: Tensor  # [layers]
     diversity: Tensor  # [layers]
     updates: Tensor  # [params, 5]
-    saturated: Tensor  # [layers, 2]: number of saturated and of all values since the beginning
+    saturated: Tensor  # [layers, 2]: number of saturated and of all values since a full step
 
 
 class History:
@@ -72,6 +74,8 @@ class History:
         self.rows = rows
         self._kept: deque[tuple[int, Parcel]] = deque(maxlen=capacity)
         self._fresh: list[tuple[int, Parcel]] = []
+        self._largest = 0  # bytes of what a step has left, before it is condensed
+        self._saturated_before: dict[str, Tensor] = {}
 
     def add(self, arrived: Iterable[tuple[int, Parcel]]) -> None:
         """Keep what steps have left."""
@@ -84,65 +88,90 @@ class History:
         """Memory of what is kept, once there are as many steps as are kept at most."""
         self._condense()
         kept = max((_bytes_of(kept) for _, kept in self._kept), default=0)
-        return kept * (self._kept.maxlen or 0)
+        return kept * (self._kept.maxlen or 0) + self._largest * _TOGETHER
 
     def _condense(self) -> None:
         """Keep numbers of layers instead of those of their units and buckets."""
+        self._largest = max([self._largest, *(_bytes_of(parcel) for _, parcel in self._fresh)])
         condensed = condense([parcel for _, parcel in self._fresh])
         for (step, _), kept in zip(self._fresh, condensed, strict=True):
             for key, value in kept.items():
-                if key[0] == "histogram":
-                    kept[key] = self._saturated(value)
+                what, where = key
+                if what == "histogram":  # of all steps so far
+                    saturated = self._saturated(value)
+                    kept[key] = saturated - self._saturated_before.get(where, 0.0)
+                    self._saturated_before[where] = saturated
             self._kept.append((step, kept))
         self._fresh = []
 
-    def report(self, parts: Iterable[str], histogram: Tensor, num_bytes: int) -> Report:
-        """Return what is known of these parts."""
+    def report(
+        self, parts: Iterable[str], histogram: Tensor, num_bytes: int, group: Any | None = None
+    ) -> Report:
+        """Return what is known of these parts, of all ranks of a group together if there is one."""
         self._condense()
-        rows, num_params = self.rows, len(self.rows.params)
-        steps = [self._step(kept) for _, kept in self._kept]
+        rows = self.rows
+        numbers = self._numbers(histogram)
+        kept = [step for step, _ in self._kept]
+        if group is not None:
+            numbers = over_ranks(kept, numbers, self._is_split(), group)
         spans = {
             "activations": (0, [layer.name for layer in rows.layers]),
             "gradients": (rows.first_gradient, [param.name for param in rows.params]),
             "weights": (rows.first_weight, [param.name for param in rows.params]),
         }
-        report = Report([step for step, _ in self._kept], {}, num_bytes)
+        report = Report(kept, {}, num_bytes)
         for name in parts:
             if name == "updates":
-                updates = _stack([step.updates for step in steps], num_params, len(UPDATE_STATS))
                 numels = torch.tensor([p.tensor.numel() for p in rows.params]).double()
-                by_step = dict(zip(COLUMNS[name], columns_of(updates, numels), strict=True))
+                columns = columns_of(numbers["updates"], numels)
+                by_step = dict(zip(COLUMNS[name], columns, strict=True))
                 overall = {column: _median(values) for column, values in by_step.items()}
                 report.parts[name] = Part([p.name for p in rows.params], by_step, overall)
                 continue
             first, names = spans[name]
             span = slice(first, first + len(names))
-            moments = _stack([step.moments[span] for step in steps], len(names), len(MOMENTS))
-            counts = _stack([step.counts[span] for step in steps], len(names), len(COUNTS))
+            moments, counts = numbers["moments"][:, span], numbers["counts"][:, span]
             by_step = _columns(moments, counts)
             total = torch.where(counts.isnan().all(0), torch.nan, counts.nansum(0))
             overall = _columns(_merged(moments), total)
             if name == "activations":
-                self._add_units(steps, by_step, overall)
-            report.parts[name] = Part(names, by_step, overall, histogram[span])
+                _add_units(numbers, by_step, overall)
+            report.parts[name] = Part(names, by_step, overall, numbers["histogram"][span])
         return report
 
-    def _add_units(
-        self, steps: list[_Step], by_step: dict[str, Tensor], overall: dict[str, Tensor]
-    ) -> None:
-        num_layers = len(self.rows.layers)
-        dead = _stack([step.dead for step in steps], num_layers)
-        diversity = _stack([step.diversity for step in steps], num_layers)
-        # Units that are dead all the time are at most those of any step.
-        least = torch.cat([dead, torch.full((1, num_layers), torch.inf)]).nan_to_num(torch.inf)
-        overall["dead"] = least.amin(0).masked_fill(dead.isnan().all(0), torch.nan)
-        overall["diversity"] = diversity.nanmean(0)
-        by_step["dead"], by_step["diversity"] = dead, diversity
-        saturated = _stack([step.saturated for step in steps], num_layers, 2)
-        known = saturated.nan_to_num(0.0).cummax(0).values if steps else saturated
-        grown = known.diff(dim=0, prepend=torch.zeros(1, num_layers, 2, dtype=torch.float64))
-        by_step["saturated"] = grown[..., 0] / grown[..., 1]
-        overall["saturated"] = known[-1, :, 0] / known[-1, :, 1] if steps else saturated.sum((0, 2))
+    def _numbers(self, histogram: Tensor) -> dict[str, Tensor]:
+        """Return the numbers of all steps ``[S, *]``, and the histograms of rows."""
+        num_rows, num_layers, num_params = (
+            max(1, self.rows.count),
+            len(self.rows.layers),
+            len(self.rows.params),
+        )
+        shapes = {
+            "moments": (num_rows, len(MOMENTS)),
+            "counts": (num_rows, len(COUNTS)),
+            "dead": (num_layers,),
+            "diversity": (num_layers,),
+            "updates": (num_params, len(UPDATE_STATS)),
+            "saturated": (num_layers, 2),
+        }
+        steps = [self._step(kept) for _, kept in self._kept]
+        numbers = {
+            name: torch.stack([getattr(step, name) for step in steps])
+            if steps
+            else torch.zeros(0, *shape, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
+        return {**numbers, "histogram": histogram}
+
+    def _is_split(self) -> dict[str, Tensor]:
+        """Return which rows and parameters differ from rank to rank: outputs, and local shards."""
+        params = [hasattr(param.tensor, "_local_tensor") for param in self.rows.params]
+        each_part = params * (self.rows.gradients + self.rows.weights)
+        rows = [True] * len(self.rows.layers) + each_part
+        return {
+            "rows": torch.tensor(rows or [True]),
+            "params": torch.tensor(params, dtype=torch.bool),
+        }
 
     def _step(self, kept: Parcel) -> _Step:
         rows, num_layers = self.rows, len(self.rows.layers)
@@ -207,6 +236,20 @@ class History:
         return torch.stack(parts).double()
 
 
+def _add_units(
+    numbers: dict[str, Tensor], by_step: dict[str, Tensor], overall: dict[str, Tensor]
+) -> None:
+    """Add the columns that units of layers say."""
+    dead, diversity, saturated = (numbers[n] for n in ("dead", "diversity", "saturated"))
+    by_step["dead"], by_step["diversity"] = dead, diversity
+    # Units that are dead all the time are at most those of any step.
+    overall["dead"] = least_known(dead)
+    overall["diversity"] = diversity.nanmean(0)
+    total = saturated.nansum(0)
+    by_step["saturated"] = saturated[..., 0] / saturated[..., 1]
+    overall["saturated"] = total[:, 0] / total[:, 1]
+
+
 def _columns(moments: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """Return the columns :data:`STATISTICS`."""
     summary = summarize(moments, counts)
@@ -254,7 +297,3 @@ def _median(values: Tensor) -> Tensor:
     """Return medians over the steps that are known; a first step from zero has no finite ratio."""
     empty = values.new_full(values.shape[1:], torch.nan)
     return values.nanmedian(0).values if len(values) else empty
-
-
-def _stack(tensors: list[Tensor], *shape: int) -> Tensor:
-    return torch.stack(tensors) if tensors else torch.zeros(0, *shape, dtype=torch.float64)

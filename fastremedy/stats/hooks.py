@@ -47,6 +47,31 @@ class Hook:
         return Hook, ()
 
 
+class Watch:
+    """Shows monitors what a module of ours measures. A copy, as of a copied module, shows nobody.
+
+    It also keeps what the module was like before.
+    """
+
+    def __init__(self, before: dict[str, Any] | None = None) -> None:
+        """Show nobody yet."""
+        self.before = before or {}
+        self.watching: list[tuple[Callable[[int, RawStats], None], int]] = []
+
+    def __call__(self, raw: RawStats) -> None:
+        """Show it to all who watch."""
+        for see, row in self.watching:
+            see(row, raw)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        """Return one that nobody watches."""
+        return Watch()
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        """Become one that nobody watches."""
+        return Watch, ()
+
+
 class Hooks:
     """All hooks of a monitor; they are there while it is armed, and not otherwise."""
 
@@ -62,42 +87,57 @@ class Hooks:
         self._see_output = see_output
         self._see_fused = see_fused
         self._around_step = around_step
-        self._handles: list[RemovableHandle] = []
-        self._fused: dict[int, tuple[_BatchNormReLU, dict[str, Any]]] = {}
+        self._on_steps: list[RemovableHandle] = []
+        self._on_outputs: dict[int, RemovableHandle] = {}
+        self._fused: dict[int, tuple[_BatchNormReLU, Watch]] = {}
         self._known: dict[int, RawStats | None] = {}
 
     @property
     def are_installed(self) -> bool:
-        """Whether there are hooks."""
-        return bool(self._handles)
+        """Whether there are all hooks."""
+        return bool(self._on_steps)
 
     def install(self) -> None:
         """Install the hooks; modules of ours start to measure by themselves."""
         before_step, after_step = self._around_step
-        self._handles = [
+        self._on_steps = [
             register_optimizer_step_pre_hook(before_step),
             register_optimizer_step_post_hook(after_step),
         ]
         for row, layer in enumerate(self._layers):
             module = layer.module
+            if row in self._on_outputs:
+                continue
             if isinstance(module, _BatchNormReLU) and module.training:
-                state = vars(module)
-                self._fused[row] = module, {name: state[name] for name in _OURS if name in state}
-                module.collect_stats = True
-                module._watch = Hook(self._see_fused, row)
+                watch = module._watch
+                if not isinstance(watch, Watch) or not watch.watching:  # by another monitor
+                    state = vars(module)
+                    watch = Watch({name: state[name] for name in _OURS if name in state})
+                    module._watch, module.collect_stats = watch, True
+                watch.watching.append((self._see_fused, row))
+                self._fused[row] = module, watch
                 self._known[row] = module._last
             else:
-                self._handles.append(module.register_forward_hook(Hook(self._see_output, row)))
+                hook = Hook(self._see_output, row)
+                self._on_outputs[row] = module.register_forward_hook(hook)
 
-    def remove(self) -> None:
-        """Leave modules as they were."""
-        for handle in self._handles:
+    def remove(self, keeps_outputs: bool = False) -> None:
+        """Leave modules as they were, but for hooks on outputs that are to be kept."""
+        for handle in self._on_steps:
             handle.remove()
-        for module, before in self._fused.values():
-            for name in _OURS:
-                vars(module).pop(name, None)
-            vars(module).update(before)
-        self._handles, self._fused = [], {}
+        if not keeps_outputs:
+            for handle in self._on_outputs.values():
+                handle.remove()
+            self._on_outputs = {}
+        for row, (module, watch) in self._fused.items():
+            watch.watching.remove((self._see_fused, row))
+            if not watch.watching:
+                _restore(module, watch)
+        self._on_steps, self._fused = [], {}
+
+    def pass_over(self, row: int, raw: RawStats) -> None:
+        """Know something that does not count."""
+        self._known[row] = raw
 
     @property
     def num_fused(self) -> int:
@@ -110,11 +150,24 @@ class Hooks:
         ``before`` holds the id of what rows had shown in the step before: it is not new.
         """
         for row, (module, _) in self._fused.items():
-            last = module._last
+            last = getattr(module, "_last", None)  # a plain BatchNorm after unfuse_
             if row not in rows and last is not None and last is not self._known[row]:
                 self._known[row] = last
                 if id(last) != before.get(row):
                     yield row, last
+
+
+def _restore(module: _BatchNormReLU, watch: Watch) -> None:
+    """Make a module what it was; what its owner collects is of the last forward pass."""
+    state = vars(module)
+    if not isinstance(module, _BatchNormReLU):  # after unfuse_, which has done the rest
+        del state["_watch"]
+        return
+    if watch.before.get("collect_stats") and module._last is not None:
+        watch.before["_last"] = module._last
+    for name in _OURS:
+        state.pop(name, None)
+    state.update(watch.before)
 
 
 def is_watched(output_of: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +21,9 @@ from .hooks import Hooks, is_watched
 from .recorder import Recorder
 from .report import Report
 from .selection import Pattern, as_patterns, layers_of, parameters_of, tensors_in
+
+# Optimizers in a step for which any monitor wants statistics, and whether their owner does.
+_collecting: WeakKeyDictionary[Adam, bool] = WeakKeyDictionary()
 
 
 class Monitor:
@@ -52,7 +55,9 @@ class Monitor:
 
     Outputs count while the model is in training mode. Recomputations of checkpointing do not. In
     ``torch.compile`` and in CUDA graphs the monitor has to be attached before compilation or
-    capture; ``step`` stays outside.
+    capture, in a step that is monitored, as the first is; ``step`` stays outside. Where code is
+    compiled hooks stay until ``detach``, and a flag on the device disarms them: nothing is compiled
+    again for ``every``. Compiled code tells nothing of units.
 
     Equivalent to: forward hooks that take statistics of outputs, and loops over the parameters
     before and after the optimizer's step.
@@ -72,6 +77,9 @@ class Monitor:
         full_every: the first of every so many monitored steps is a full one: histograms (quantiles
             and saturated outputs follow from them), gradients and weights.
         history: number of monitored steps that are kept.
+        process_group: ranks whose numbers are taken together when they are read: ``report`` and all
+            that is made from it have to be called on every rank. Batches may have any sizes.
+            Parameters that are no shards (DTensor) are those of this rank.
 
     Raises:
         TypeError: ``model`` is no module, or a pattern is neither string nor class.
@@ -104,6 +112,7 @@ class Monitor:
         *,
         full_every: int = 8,
         history: int = 256,
+        process_group: Any | None = None,
     ) -> None:
         """Choose what to watch; the model is left alone until :meth:`attach`."""
         if not isinstance(model, nn.Module):
@@ -129,6 +138,7 @@ class Monitor:
         self._every = every
         self._full_every = full_every
         self._per_channel = per_channel
+        self._process_group = process_group
         self._parts = [name for name, is_wanted in wanted.items() if is_wanted]
         self._rows = rows = Rows(layers, params, gradients, weights)
         rows_of_params = {id(param.tensor): row for row, param in enumerate(params)}
@@ -143,9 +153,10 @@ class Monitor:
         self._num_steps = 0
         self._num_monitored = 0
         self._is_full = True
-        self._has_read_params = False
+        self._is_compiled = False
+        self._rows_of_params = rows_of_params if gradients or weights else {}
+        self._unread: dict[int, int] = {}  # parameters that this step has to read: rows by id
         self._ours: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
-        self._was_collecting: dict[Optimizer, bool] = {}
         self._last_line: dict[Path, int] = {}
         self._last_histograms: dict[str, Tensor] = {}
 
@@ -160,6 +171,7 @@ class Monitor:
         if self._is_attached:
             raise RuntimeError("the monitor is attached already")
         self._is_attached = True
+        self._begin_step()
         for device in {param.device for param in self._model.parameters()}:
             if device.type != "meta":
                 self._recorder.buffer(device)
@@ -170,7 +182,9 @@ class Monitor:
         """Stop to watch, and leave the model as it was; what is known stays."""
         if self._is_attached:
             self._arm(False)
+            self._hooks.remove()
             self._is_attached = False
+            self._recorder.take(self._rows.count, ())  # of a step that nobody has ended
 
     def __enter__(self) -> Monitor:
         """Attach."""
@@ -189,7 +203,7 @@ class Monitor:
         if not self._is_attached:
             raise RuntimeError("the monitor is not attached: call attach() or use `with`")
         if self._hooks.are_installed:
-            self._read_params()
+            self._read_params(self._params)
             seen = self._recorder.fused_rows
             if len(seen) < self._hooks.num_fused:
                 for row, raw in self._hooks.unseen(seen, self._recorder.fused_before):
@@ -204,12 +218,15 @@ class Monitor:
             if is_full or self._is_full:
                 self._is_full = is_full
                 self._recorder.begin_step(is_full)
-            self._has_read_params = False
+            self._begin_step()
         self._history.add(self._courier.arrived())
         self._num_steps += 1
         is_armed = self._num_steps % self._every == 0
         if is_armed != self._hooks.are_installed:
             self._arm(is_armed)
+
+    def _begin_step(self) -> None:
+        self._unread = dict(self._rows_of_params) if self._is_full else {}
 
     def _arm(self, is_armed: bool) -> None:
         self._recorder.arm(is_armed)
@@ -217,8 +234,11 @@ class Monitor:
             self._hooks.install()
             clip.observers.append(self)
         elif self._hooks.are_installed:
-            self._hooks.remove()
+            self._hooks.remove(keeps_outputs=self._is_compiled)
             clip.observers.remove(self)
+            for optimizer, before in _collecting.items():  # of steps that failed
+                optimizer.collect_stats = before
+            _collecting.clear()
 
     # --- what hooks show ---
 
@@ -238,11 +258,14 @@ class Monitor:
     def _see_fused(self, row: int, raw: RawStats) -> None:
         if is_watched(self._model):
             self._recorder.add_fused(row, raw)
+        else:
+            self._hooks.pass_over(row, raw)
 
     def _see_traced_output(self, row: int, output: Any) -> None:
         """Become part of the compiled code, which measures if the device's flag says so."""
         if not self._model.training or torch.compiler.is_exporting():
             return
+        self._is_compiled = True  # code without hooks would not see that they are back
         for tensor in tensors_in(output):
             buffer = self._recorder.buffer(tensor.device)
             statistics = buffer.statistics
@@ -262,17 +285,17 @@ class Monitor:
             return
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._read_params(getattr(optimizer, "grad_scale", None))
+            self._read_params(_params_of(optimizer), getattr(optimizer, "grad_scale", None))
         if isinstance(optimizer, Adam) and "updates" in self._parts:
-            self._was_collecting[optimizer] = optimizer.collect_stats
+            _collecting.setdefault(optimizer, optimizer.collect_stats)
             optimizer.collect_stats = True
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_ours(optimizer):
             return
-        self._read_params()
-        if isinstance(optimizer, Adam) and optimizer in self._was_collecting:
-            optimizer.collect_stats = self._was_collecting.pop(optimizer)
+        self._read_params(_params_of(optimizer))
+        if isinstance(optimizer, Adam) and "updates" in self._parts:
+            optimizer.collect_stats = _collecting.pop(optimizer, optimizer.collect_stats)
             if optimizer._raw_stats is not None:
                 self._recorder.add_updates(optimizer._raw_stats)
 
@@ -281,16 +304,13 @@ class Monitor:
         groups = optimizer.param_groups
         known = self._ours.get(optimizer)
         if known is None or known[0] != len(groups):
-            is_ours = any(
-                id(param) in self._watched for group in groups for param in group["params"]
-            )
+            is_ours = any(id(param) in self._watched for param in _params_of(optimizer))
             known = self._ours[optimizer] = len(groups), is_ours
         return known[1]
 
     def before_clipping(self, tensors: list[Tensor]) -> None:
         """Be an observer of ``clip_``."""
-        if any(id(tensor) in self._watched for tensor in tensors):
-            self._read_params()
+        self._read_params(tensors)
 
     def after_clipping(self, tensors: list[Tensor], norms: Tensor) -> None:
         """Be an observer of ``clip_``."""
@@ -298,24 +318,22 @@ class Monitor:
             self._recorder.add_norms(tensors, norms)
 
     @torch.no_grad()
-    def _read_params(self, grad_scale: Tensor | None = None) -> None:
-        """Read parameters and gradients, once a step."""
-        if self._has_read_params:
+    def _read_params(self, params: Iterable[Tensor], grad_scale: Tensor | None = None) -> None:
+        """Read those parameters and their gradients that this step has not read yet."""
+        if not self._unread:
             return
-        self._has_read_params = True
-        if not self._is_full:
-            return
-        found: list[Tensor | None] = []
+        unread = [(p, self._unread.pop(id(p))) for p in params if id(p) in self._unread]
+        found: list[tuple[Tensor, int]] = []
         if self._rows.gradients:
-            found += [param.grad for param in self._params]
-            if grad_scale is not None:
-                found = [g if g is None else g / grad_scale.to(g.device) for g in found]
+            for param, row in unread:
+                if (grad := param.grad) is not None:
+                    if grad_scale is not None:
+                        grad = grad / grad_scale.to(grad.device)
+                    found.append((grad, self._rows.first_gradient + row))
         if self._rows.weights:
-            found += self._params
-        tensors = [tensor for tensor in found if tensor is not None]
-        first = self._rows.first_gradient
-        rows = [row for row, tensor in enumerate(found, first) if tensor is not None]
-        if tensors:
+            found += [(param, self._rows.first_weight + row) for param, row in unread]
+        if found:
+            tensors, rows = map(list, zip(*found, strict=True))
             self._recorder.add(tensors, rows)
 
     # --- what is known ---
@@ -328,7 +346,8 @@ class Monitor:
     def report(self) -> Report:
         """Return everything that is known; this waits for the device."""
         self._history.add(self._courier.arrived(wait=True))
-        return self._history.report(self._parts, self._recorder.histogram(), self.num_bytes)
+        histogram = self._recorder.histogram()
+        return self._history.report(self._parts, histogram, self.num_bytes, self._process_group)
 
     def summary(self) -> str:
         """Return a table of all layers over the steps kept."""
@@ -348,7 +367,7 @@ class Monitor:
         self._last_line[path] = max([*report.steps, self._last_line.get(path, -1)])
 
     def to_tensorboard(self, writer: Any, step: int | None = None) -> None:
-        """Write the numbers of the last step, and histograms of what came since the last call.
+        """Write the last numbers, and histograms of what full steps have seen since the last call.
 
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``.
@@ -362,3 +381,7 @@ class Monitor:
     def plot(self, path: str | Path) -> None:
         """Draw the layers against the steps kept."""
         plot.draw(self.report(), Path(path))
+
+
+def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (param for group in optimizer.param_groups for param in group["params"])

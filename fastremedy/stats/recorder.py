@@ -16,9 +16,11 @@ from ..ops.activation_stats import NUM_BUCKETS, empty_moments
 from ..ops.table import Rows
 from ..optim.update_stats import RawUpdateStats
 from .courier import Parcel
-from .selection import readable
+from .selection import PLAIN, readable
 from .statistics import Statistics
 from .units import layout_of
+
+_MAX_LAYOUTS = 64  # that are remembered: batches of many sizes make many
 
 Arguments = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 
@@ -36,6 +38,7 @@ class _Buffer:
         self.statistics = Statistics(num_rows, device=device)
         self.armed = torch.ones((), dtype=torch.int32, device=device)  # also for compiled code
         self.nothing = empty_moments(num_rows, device)
+        self._is_armed = True
         self.begin_step(True)
 
     def begin_step(self, is_full: bool) -> None:
@@ -45,7 +48,14 @@ class _Buffer:
         self.is_native = self.backend in ("cpu", "cuda")
         self.is_on_cpu = self.backend == "cpu"
         # armed, moments, counts and histogram
-        self.arguments = self._with(None, self.statistics.histogram if is_full else None)
+        histogram = self.statistics.histogram if is_full else None
+        self.arguments = self._with(None if self._is_armed else self.armed, histogram)
+
+    def arm(self, is_armed: bool, is_full: bool) -> None:
+        """Settle whether anything is measured, also by captured and compiled code."""
+        self.armed.fill_(int(is_armed))
+        self._is_armed = is_armed
+        self.begin_step(is_full)
 
     def _with(self, armed: Tensor | None, histogram: Tensor | None) -> Arguments:
         return armed, self.statistics.moments, self.statistics.counts, histogram
@@ -94,12 +104,13 @@ class Recorder:
     def __init__(self, num_rows: int, rows_of_params: dict[int, int]) -> None:
         """Nothing is allocated yet; ``rows_of_params`` is keyed by the id of parameters."""
         self._num_rows = num_rows
-        self._is_full = True
+        self._is_full = self._is_armed = True
         self._rows_of_params = rows_of_params
         self._lock = threading.Lock()
         self._buffers: dict[torch.device, _Buffer] = {}
         self._layouts: dict[tuple[int, ...], Tensor] = {}
-        self._channels: dict[tuple[int, int, torch.device], Statistics] = {}
+        self._channels: dict[tuple[int, torch.device], Statistics] = {}
+        # Where the parameters of an optimizer's rows are ours, -1 for others; on the host.
         self._places: dict[int, tuple[Rows, Tensor]] = {}
         # What this step has left; what was captured in a graph is there again at every replay.
         self._fused: defaultdict[torch.device, _Fused] = defaultdict(_Fused)
@@ -109,13 +120,14 @@ class Recorder:
         self._norms: list[tuple[list[int], Tensor]] = []
         self._captured_fused: defaultdict[torch.device, _Fused] = defaultdict(_Fused)
         self._captured_updates: list[RawUpdateStats] = []
+        self._captured_norms: list[tuple[list[int], Tensor]] = []
 
     def buffer(self, device: torch.device) -> _Buffer:
         """Return the rows of a device."""
         known = self._buffers.get(device)
         if known is None:
             known = self._buffers[device] = _Buffer(self._num_rows, device)
-            known.begin_step(self._is_full)
+            known.arm(self._is_armed, self._is_full)
         return known
 
     @property
@@ -137,11 +149,12 @@ class Recorder:
 
     def add(self, tensors: list[Tensor], rows: list[int]) -> None:
         """Add tensors to their rows, one launch for each device."""
-        buffer = self.buffer(tensors[0].device)
-        with self._lock:
+        known = self._buffers.get(tensors[0].device)
+        if known is not None and known.is_native and all(type(t) in PLAIN for t in tensors):
             # Nearly always kernels can read everything as it is, which they see faster than Python.
-            if buffer.is_native and buffer.kernel(tensors, None, rows, *buffer.arguments_now()):
-                return
+            with self._lock:
+                if known.kernel(tensors, None, rows, *known.arguments_now()):
+                    return
         by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
         for tensor, row in zip(tensors, rows, strict=True):
             memory = readable(tensor)
@@ -157,19 +170,27 @@ class Recorder:
                 )
 
     def add_units(self, layer: int, tensor: Tensor) -> None:
-        """Add a tensor ``[N, C, *]`` to statistics of the units of a layer."""
-        key = layer, tensor.shape[1], tensor.device
+        """Add a tensor ``[N, C, *]`` to statistics of the units of a layer.
+
+        A layer has as many units as its first output; outputs of other sizes say nothing of them.
+        """
+        memory = readable(tensor) if self._is_armed else None
+        if memory is None or memory.dim() < 2 or memory.numel() == 0:
+            return
+        key = layer, memory.device
         with self._lock:
             if key not in self._channels:
-                self._channels[key] = Statistics(key[1], False, key[2])
-            self._channels[key].update(tensor, per_channel=True)
+                self._channels[key] = Statistics(memory.shape[1], False, memory.device)
+            if self._channels[key].num_rows == memory.shape[1]:
+                self._channels[key].update(memory, per_channel=True)
 
     def add_fused(self, layer: int, raw: RawStats) -> None:
         """Take what a BatchNormReLU has measured in its own pass."""
         device = raw.saved.device
-        self._fused[device].append(layer, raw)
-        if _is_captured(raw.saved):
-            self._captured_fused[device].append(layer, raw)
+        with self._lock:
+            self._fused[device].append(layer, raw)
+            if _is_captured(raw.saved):
+                self._captured_fused[device].append(layer, raw)
 
     @property
     def fused_rows(self) -> list[int]:
@@ -184,7 +205,10 @@ class Recorder:
     def add_norms(self, params: list[Tensor], norms: Tensor) -> None:
         """Take what ``clip_`` has measured of the parameters that have a gradient."""
         rows = [self._rows_of_params.get(id(p), -1) for p in params if p.grad is not None]
-        self._norms.append((rows, norms))
+        if max(rows, default=-1) >= 0:
+            self._norms.append((rows, norms))
+            if _is_captured(norms):
+                self._captured_norms.append((rows, norms))
 
     # --- once a step ---
 
@@ -194,14 +218,17 @@ class Recorder:
         for buffer in self._buffers.values():
             buffer.begin_step(is_full)
 
-    def arm(self, armed: bool) -> None:
-        """Tell captured and compiled code whether to measure."""
+    def arm(self, is_armed: bool) -> None:
+        """Settle whether anything is measured, also by captured and compiled code."""
+        self._is_armed = is_armed
         for buffer in self._buffers.values():
-            buffer.armed.fill_(int(armed))
+            buffer.arm(is_armed, self._is_full)
 
     def take(self, num_rows: int, rows_with_histogram: Sequence[int]) -> Parcel:
         """Return what a step has left in the first rows, and start the next one from nothing."""
         parcel: Parcel = {}
+        if len(self._layouts) > _MAX_LAYOUTS:
+            self._layouts.clear()
         for device, buffer in self._buffers.items():
             statistics = buffer.statistics
             moments, counts = statistics.moments[:num_rows], statistics.counts[:num_rows]
@@ -239,11 +266,12 @@ class Recorder:
             for row, shown in zip(fused.rows, fused.ids, strict=True)
         }
         self._fused = defaultdict(_Fused)
-        for device in {device for _, _, device in self._channels}:
-            channels = {key: s for key, s in self._channels.items() if key[2] == device}
-            key = tuple([number for row, size, _ in channels for number in (row, size)])
+        for device in {device for _, device in self._channels}:
+            channels = {row: s for (row, there), s in self._channels.items() if there == device}
+            sizes = [statistics.num_rows for statistics in channels.values()]
+            key = (-1, *channels, *sizes)  # no row: other layouts begin with one
             if key not in self._layouts:
-                self._layouts[key] = layout_of(key[::2], key[1::2], [0] * len(channels))
+                self._layouts[key] = layout_of(list(channels), sizes, [0] * len(sizes))
             moments = torch.cat([s.moments for s in channels.values()])
             counts = torch.cat([s.counts for s in channels.values()])
             parcel["units layout", str(device)] = self._layouts[key]
@@ -252,21 +280,19 @@ class Recorder:
                 statistics.reset()
 
     def _take_updates(self, parcel: Parcel) -> None:
+        used = {}
         for i, raw in enumerate(self._updates or self._captured_updates):
-            parcel["update rows", str(i)] = self._rows_of(raw.rows)
-            parcel["updates", str(i)] = raw.sums
-        for i, (rows, norms) in enumerate(self._norms):
+            known = self._places.get(id(raw.rows))
+            if known is None or known[0] is not raw.rows:
+                places = [self._rows_of_params.get(id(owner), -1) for owner in raw.rows.owners]
+                known = raw.rows, torch.tensor(places, dtype=torch.int64)
+            used[id(raw.rows)] = known
+            parcel["update rows", str(i)] = known[1]
+            parcel["updates", str(i)] = raw.sums if self._updates else raw.sums.clone()
+        for i, (rows, norms) in enumerate(self._norms or self._captured_norms):
             parcel["norm rows", str(i)] = torch.tensor(rows, dtype=torch.int64)
-            parcel["norms", str(i)] = norms
-        self._updates, self._norms = [], []
-
-    def _rows_of(self, rows: Rows) -> Tensor:
-        """Return where the parameters of an optimizer are ours, -1 for others; on the host."""
-        known = self._places.get(id(rows))
-        if known is None or known[0] is not rows:
-            places = [self._rows_of_params.get(id(owner), -1) for owner in rows.owners]
-            known = self._places[id(rows)] = rows, torch.tensor(places, dtype=torch.int64)
-        return known[1]
+            parcel["norms", str(i)] = norms if self._norms else norms.clone()
+        self._places, self._updates, self._norms = used, [], []
 
 
 def _is_captured(tensor: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 Pattern = str | type[nn.Module]
 
+PLAIN = (Tensor, nn.Parameter)  # other types may have no memory of their own
+
 # They pass on what others have computed.
 _UNINTERESTING = (
     nn.Identity,
@@ -147,8 +149,8 @@ def tensors_in(output: object) -> list[Tensor]:
 
 
 def readable(tensor: Tensor) -> Tensor | None:
-    """Return the memory behind a tensor as real numbers, None if there is none."""
-    if torch._C._are_functorch_transforms_active():
+    """Return the memory behind a tensor as real numbers, None if there is none to be read."""
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
         return None
     tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor
     if tensor.layout == torch.sparse_coo:
@@ -157,5 +159,5 @@ def readable(tensor: Tensor) -> Tensor | None:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if not tensor.is_floating_point():
         return None
-    is_memory = tensor.layout == torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+    is_memory = tensor.layout == torch.strided and type(tensor) in PLAIN
     return tensor if is_memory and tensor.device.type != "meta" else None

@@ -1,4 +1,4 @@
-"""A report in TensorBoard: scalars of the last step, and histograms of what came since the last."""
+"""A report in TensorBoard: the last scalars, and histograms of what came since those before."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def write(
 ) -> dict[str, Tensor]:
     """Write ``activations/layer1/mean`` and the like, and histograms under ``activations/layer1``.
 
-    Numbers that are unknown are left out, and so are histograms without any value. The sum of a
-    histogram is that of the middles of its buckets: at most 6.3 % off where all values have one
-    sign.
+    Scalars are the last that are known: not every step knows everything. Numbers that never were
+    are left out, and so are histograms without any value. The sum of a histogram is that of the
+    middles of its buckets: at most 6.3 % off where all values have one sign.
 
     Args:
         report: of a monitor.
@@ -40,7 +40,7 @@ def write(
     for part_name, part in report.parts.items():
         tags = [f"{part_name}/{title(name)}" for name in part.names]
         for column, values in part.by_step.items() if report.steps else ():
-            for tag, value in zip(tags, values[-1].tolist(), strict=True):
+            for tag, value in zip(tags, _last_known(values).tolist(), strict=True):
                 if not math.isnan(value):
                     writer.add_scalar(f"{tag}/{column}", value, step)
         if part.histogram is not None:
@@ -50,6 +50,13 @@ def write(
                 if cells.any():
                     _write_histogram(writer, tag, cells, step)
     return written
+
+
+def _last_known(values: Tensor) -> Tensor:
+    """Return the last row of ``[steps, rows]`` that is known of each; NaN if none is."""
+    steps = torch.arange(len(values))[:, None]
+    last = torch.where(values.isnan(), -1, steps).amax(0)
+    return values[last, torch.arange(values.shape[1])]  # -1: the last one, which is NaN
 
 
 def _in_order(histogram: Tensor) -> Tensor:

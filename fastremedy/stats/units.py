@@ -45,7 +45,30 @@ def sums_of_fused(layout: Tensor, saved: Tensor, dead: Tensor) -> Tensor:
     """
     mean, var = saved[:, 0].double(), saved[:, 3].double()
     count = layout[:, 2].repeat_interleave(layout[:, 1]).double().expand_as(mean)
-    return _sums(layout, count, mean, var, dead.double(), ~var.isfinite())
+    zeros = dead.double()
+    if len(layout[:, 0].unique()) < len(layout):
+        layout, count, mean, var, zeros = _merge_calls(layout, count, mean, var, zeros)
+    return _sums(layout, count, mean, var, zeros, ~var.isfinite())
+
+
+def _merge_calls(
+    layout: Tensor, count: Tensor, mean: Tensor, var: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return all of them with every unit once, of layers that were called several times."""
+    layers, places = layout[:, 0].unique(return_inverse=True)
+    sizes = layout.new_zeros(len(layers)).index_copy_(0, places, layout[:, 1])
+    first = (sizes.cumsum(0) - sizes)[places].tolist()
+    runs = zip(first, layout[:, 1].tolist(), strict=True)
+    unit = torch.cat([torch.arange(start, start + size) for start, size in runs])
+
+    def added(values: Tensor) -> Tensor:
+        return values.new_zeros(len(values), int(sizes.sum())).index_add_(1, unit, values)
+
+    total = added(count)
+    middle = added(count * mean) / total
+    square = var + (mean - middle[:, unit]).square()
+    merged = torch.stack([layers, sizes, torch.zeros_like(sizes)], 1)
+    return merged, total, middle, added(count * square) / total, added(zeros)
 
 
 def sums_of_units(layout: Tensor, statistics: Tensor) -> Tensor:
@@ -66,7 +89,7 @@ def _sums(
     layers, places = layout[:, 0].unique(return_inverse=True)
     index = places.repeat_interleave(layout[:, 1])
     dead = (zeros == count) & (count > 0)
-    finite = (~nonfinite).double()
+    finite = (~nonfinite & (count > 0)).double()
     mean, var = torch.where(nonfinite, 0.0, mean), torch.where(nonfinite, 0.0, var)
     each = [finite, count * finite, mean, zeros, dead.double(), nonfinite.double(), var]
     added = mean.new_zeros(len(mean), len(layers), len(each))
