@@ -1,4 +1,4 @@
-"""``python -m fastremedy demo``, ``imbalance``, ``info`` and ``bench``."""
+"""``python -m fastremedy demo``, ``imbalance``, ``distributed``, ``info`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "train a network twice, with stock PyTorch and with fastremedy, and compare",
     "imbalance": "train on a rare class with and without focal loss, and compare recall",
+    "distributed": "train on several processes started by torchrun, and compare with one",
     "info": "print what a bug report needs: versions, devices, backends",
     "bench": "measure the operators against stock PyTorch on this machine",
 }

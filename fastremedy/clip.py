@@ -46,10 +46,14 @@ def clip_(
         - Empty gradients are fine for every ``norm_type``; ``norm_type=0`` counts elements.
         - A negative or NaN ``max_norm`` is an error. An infinite one measures only.
         - The result is bitwise the same for any number of threads.
+        - DTensors, as FSDP2 and tensor parallelism make them, have one norm of the whole model: a
+          plain tensor on every rank, where torch returns a DTensor. So ``norm.item()`` needs no
+          ``full_tensor()`` before it, and ``if isinstance(norm, DTensor)`` around one stays right.
+          Every rank must make the call. Shards are scaled in place.
 
     Args:
-        parameters: a tensor or an iterable of tensors, of any device, dtype and strides. Those
-            without gradient are passed over.
+        parameters: a tensor or an iterable of tensors, of any device, dtype, strides and placement.
+            Those without gradient are passed over.
         max_norm: largest norm allowed, at least 0.
         norm_type: p of the p-norm, any number or ``inf`` or ``-inf``; 1, 2 and inf are fast.
         error_if_nonfinite: raise if the norm is NaN or infinite; this waits for the device.
@@ -114,7 +118,8 @@ def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> 
         norm_type: p of the p-norm.
 
     Returns:
-        A scalar on the device of the first gradient, float32 (float64 if a gradient is).
+        A scalar on the device of the first gradient, float32 (float64 if a gradient is); a plain
+        one, equal on all ranks, for DTensors.
 
     Example:
         >>> import torch, fastremedy

@@ -79,9 +79,11 @@ bool is_negated(PyObject* tensor, int64_t numel) {
 }
 
 bool read_tensor(PyObject* tensor, DLTensor* out) {
-  if (exchange_api().dltensor_from_py_object_no_sync(tensor, out) == 0) return true;
-  PyErr_Clear();
-  return false;
+  if (exchange_api().dltensor_from_py_object_no_sync(tensor, out) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return out->data != nullptr || numel_of(*out) == 0;  // subclasses that wrap others have no memory
 }
 
 DLTensor require_tensor(py::handle tensor, const char* name) {

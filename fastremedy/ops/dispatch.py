@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _native, backends
 from . import clip_grad_norm as definition
+from . import shards
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -102,6 +103,8 @@ def clip_grad_norm_(
     ``observe`` is given the norms of the gradients before clipping, float64, one of each tensor
     that has a gradient.
     """
+    if shards.any_dtensor(tensors):
+        return _clip_mixed(tensors, max_norm, norm_type, from_grad, observe)
     first = _first_grad(tensors, from_grad)
     if first is None:
         return torch.tensor(0.0)
@@ -110,32 +113,34 @@ def clip_grad_norm_(
         native = _native.module_for(backend).GradList(tensors, from_grad)
         if native.is_uniform and (max_norm == math.inf or not native.has_duplicates):
             norms = None if observe is None else _room_for_norms(len(native), first.device)
-            norm = _clip_native(native, first, max_norm, norm_type, norms)
+            norm = _clip_native(native, first.device, max_norm, norm_type, norms)
             if observe is not None and norms is not None:
                 observe(norms)
             return norm
-        grads = native.tensors
+    elif backend == "triton":
+        grads = _grads_of(tensors, from_grad)
+        if _is_uniform(grads) and (max_norm == math.inf or not _has_duplicates(grads)):
+            norms = None if observe is None else _room_for_norms(len(grads), first.device)
+            norm = _clip_triton(grads, max_norm, norm_type, norms)
+            if observe is not None and norms is not None:
+                observe(norms)
+            return norm
     else:
-        grads = [grad for t in tensors if (grad := t.grad if from_grad else t) is not None]
-    if (
-        backend == "triton"
-        and _is_uniform(grads)
-        and (max_norm == math.inf or not _has_duplicates(grads))
-    ):
-        norms = None if observe is None else _room_for_norms(len(grads), first.device)
-        norm = _clip_triton(grads, max_norm, norm_type, norms)
-        if observe is not None and norms is not None:
-            observe(norms)
-        return norm
-    if observe is not None:
-        observe(definition.tensor_norms(grads, norm_type))
-    if backend == "torch":
+        grads = _grads_of(tensors, from_grad)
+        if observe is not None:
+            observe(definition.tensor_norms(grads, norm_type))
         return definition.clip_grad_norm_(grads, max_norm, norm_type)
-    return _clip_mixed(grads, max_norm, norm_type)
+    return _clip_mixed(tensors, max_norm, norm_type, from_grad, observe)
 
 
 def _room_for_norms(count: int, device: torch.device) -> Tensor:
     return torch.zeros(count, dtype=torch.float64, device=device)
+
+
+def _grads_of(tensors: Sequence[Tensor], from_grad: bool) -> list[Tensor]:
+    if not from_grad:
+        return list(tensors)
+    return [grad for t in tensors if (grad := t.grad) is not None]
 
 
 def _first_grad(tensors: Sequence[Tensor], from_grad: bool) -> Tensor | None:
@@ -145,11 +150,15 @@ def _first_grad(tensors: Sequence[Tensor], from_grad: bool) -> Tensor | None:
 
 
 def _clip_native(
-    native: Any, first: Tensor, max_norm: float, norm_type: float, norms: Tensor | None = None
+    native: Any,
+    device: torch.device,
+    max_norm: float,
+    norm_type: float,
+    norms: Tensor | None = None,
 ) -> Tensor:
     dtype = torch.float64 if native.has_float64 else torch.float32
-    norm = torch.empty((), dtype=dtype, device=first.device)
-    memory = workspace(first.device, native.workspace_bytes())
+    norm = torch.empty((), dtype=dtype, device=device)
+    memory = workspace(device, native.workspace_bytes())
     address = 0 if memory is None else memory.data_ptr()
     norms_address = 0 if norms is None else norms.data_ptr()
     if native.clip(max_norm, norm_type, norm.data_ptr(), norms_address, address):
@@ -187,23 +196,97 @@ def _clip_triton(
     return norm
 
 
-def _clip_mixed(grads: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
-    """Clip gradients of several devices or with layouts that kernels do not take."""
-    if any(is_traceable_wrapper_subclass(grad) for grad in grads):
-        total = torch.nn.utils.get_total_norm(grads, norm_type)
-        if max_norm != math.inf:
-            definition.scale_(grads, definition.clip_coefficient(total.double(), max_norm))
-        return total
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for grad in grads:
-        by_device.setdefault(grad.device, []).append(_readable(grad))
-    norms = [grad_norm_on(device, group, norm_type) for device, group in by_device.items()]
-    total = definition.total_norm([norm.reshape(1) for norm in norms], norm_type)
-    if norm_type == 0.0:
-        total = torch.stack([norm.double().to(total.device) for norm in norms]).sum()
+def _clip_mixed(
+    tensors: Sequence[Tensor],
+    max_norm: float,
+    norm_type: float,
+    from_grad: bool,
+    observe: Callable[[Tensor], None] | None,
+) -> Tensor:
+    """Clip gradients of several devices or ranks, or with layouts that kernels do not take."""
+    maybe = [t.grad for t in tensors] if from_grad else list(tensors)
+    grads = [grad for grad in maybe if grad is not None]
+    memory, groups = shards.complete(grads)
+    everyone = shards.everyone(grads, groups)
+    if len(grads) < len(tensors):  # other ranks may have the gradient, and wait for this one
+        placed = [t if g is None else g for t, g in zip(tensors, maybe, strict=True)]
+        everyone = shards.everyone(placed, shards.groups_of(placed))
+    total, norms = norm_over_ranks(memory, groups, everyone, norm_type, of_each=observe is not None)
+    if observe is not None and norms is not None:
+        observe(norms)
     if max_norm != math.inf:
-        definition.scale_(grads, definition.clip_coefficient(total, max_norm))
+        _scale(grads, definition.clip_coefficient(total, max_norm))
     return total.to(definition.norm_dtype(grads))
+
+
+def norm_over_ranks(
+    memory: Sequence[Tensor],
+    groups: Sequence[shards.Groups],
+    everyone: Mapping[shards.Groups, torch.device],
+    norm_type: float,
+    of_each: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the norm of gradients of any kind: a plain float64 scalar, equal on all ranks.
+
+    ``memory`` is what of them is on this rank; ``groups`` are the process groups that have the
+    rest. ``everyone`` holds all groups, those without gradient on this rank too, in an order that
+    all ranks share. With ``of_each`` the second result holds the norm of each gradient, for which
+    all ranks must have the same ones; otherwise it is None.
+    """
+    powers = shards.Powers(norm_type)
+    places: dict[shards.Groups, dict[torch.device, list[int]]] = {}
+    for i, (tensor, of_tensor) in enumerate(zip(memory, groups, strict=True)):
+        places.setdefault(of_tensor, {}).setdefault(tensor.device, []).append(i)
+    sums: dict[shards.Groups, Tensor] = {}
+    order: list[int] = []
+    for of_tensor, device in everyone.items():
+        values = [torch.empty(0, dtype=torch.float64, device=device)]
+        for chosen in places.get(of_tensor, {}).values():
+            values.append(_powers_of([memory[i] for i in chosen], powers).to(device))
+            order += chosen
+        sums[of_tensor] = torch.cat(values) if of_each else powers.sum(torch.cat(values))
+    if not sums:
+        return torch.zeros((), dtype=torch.float64), None
+    device = memory[0].device if memory else next(iter(everyone.values()))
+    sums = shards.sum_over_ranks(sums, powers)
+    joined = torch.cat([values.to(device) for values in sums.values()])
+    norms = None
+    if of_each:
+        unordered = powers.root(joined).unbind()
+        norms = torch.stack(
+            [unordered[k] for k in sorted(range(len(order)), key=order.__getitem__)]
+        )
+    total = powers.root(powers.sum(joined)).reshape(())
+    is_nothing = norm_type < 0 and not any(everyone) and not any(t.numel() for t in memory)
+    return torch.zeros_like(total) if is_nothing else total, norms
+
+
+def _powers_of(grads: list[Tensor], powers: shards.Powers) -> Tensor:
+    """Return what each gradient of one device adds to the norm, float64."""
+    values = powers.of_norms(_norms_of(grads, powers.norm_type))
+    if powers.norm_type < 0:  # 0 stands for the norm of nothing, whose power is not 0
+        for i, grad in enumerate(grads):
+            if grad.numel() == 0:
+                values[i].fill_(powers.neutral)
+    return values
+
+
+def _norms_of(grads: list[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of each gradient of one device, float64."""
+    device = grads[0].device
+    backend = backends.active("clip_grad_norm", device)
+    norms = torch.zeros(len(grads), dtype=torch.float64, device=device)
+    for taken in (grads, None):
+        taken = taken or [_readable(grad) for grad in grads]
+        if backend == "triton" and _is_uniform(taken):
+            _clip_triton(taken, math.inf, norm_type, norms)
+            return norms
+        if backend in ("cpu", "cuda"):
+            native = _native.module_for(backend).GradList(taken, False)
+            if native.is_uniform:
+                _clip_native(native, device, math.inf, norm_type, norms)
+                return norms
+    return definition.tensor_norms(grads, norm_type)
 
 
 def _readable(grad: Tensor) -> Tensor:
@@ -214,13 +297,18 @@ def _readable(grad: Tensor) -> Tensor:
     return grad if is_dense(grad) else grad.contiguous()
 
 
-def grad_norm_on(device: torch.device, grads: list[Tensor], norm_type: float) -> Tensor:
-    """Return the norm of dense real gradients of one device."""
-    backend = backends.active("clip_grad_norm", device)
-    if backend == "triton" and _is_uniform(grads):
-        return _clip_triton(grads, math.inf, norm_type)
-    if backend in ("cpu", "cuda"):
-        native = _native.module_for(backend).GradList(grads, False)
-        if native.is_uniform:
-            return _clip_native(native, grads[0], math.inf, norm_type)
-    return definition.grad_norm(grads, norm_type)
+def _scale(grads: list[Tensor], coefficient: Tensor) -> None:
+    """Scale memory of this rank; many shards of one dtype at once."""
+    if not coefficient.is_cuda and coefficient.item() == 1.0:
+        return  # on CUDA asking would wait for the device
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        memory = shards.local(grad)
+        alike.setdefault((memory.device, memory.dtype), []).append(memory)
+    for (device, dtype), group in alike.items():
+        is_full = dtype in (torch.float32, torch.float64)  # a factor would lose digits in half
+        if is_full and _is_uniform(group) and not _has_duplicates(group):
+            torch._foreach_mul_(group, coefficient.to(device, dtype))
+        else:
+            definition.scale_(group, coefficient)
+    torch.autograd.graph.increment_version([grad for grad in grads if shards.is_dtensor(grad)])

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,22 +31,6 @@ class Rows:
     owners: list[Tensor] = field(default_factory=list)  # as the param groups hold them
     indirect: list[bool] = field(default_factory=list)  # the kernels see a copy or a real view
     stateless: list[Tensor] = field(default_factory=list)  # have had no gradient so far
-
-    @functools.cached_property
-    def has_indirect(self) -> bool:
-        """Whether any row is indirect."""
-        return any(self.indirect)
-
-    def packed(self) -> list[tuple[Tensor, Tensor]]:
-        """Return parameters with gaps in memory and the dense copies that kernels update."""
-        if not self.has_indirect:
-            return []
-        works = zip(self.owners, self.columns.params, self.indirect, strict=True)
-        return [
-            (owner, torch.view_as_complex(work) if owner.is_complex() else work)
-            for owner, work, indirect in works
-            if indirect and work.data_ptr() != owner.data_ptr() and owner.grad is not None
-        ]
 
 
 class Table(Protocol):

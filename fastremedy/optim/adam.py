@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..ops import shards
 from ..ops.adamw import Options
-from .options import check_options, fold_over_devices, on_device
-from .tables import Tables, name_of
+from .options import check_options, fold, on_device
+from .tables import Tables, raise_if_nonfinite
 from .update_stats import RawUpdateStats, UpdateStats, resolve, room_for_stats
 
 # Without the wrapper that torch puts around the step of every class it instantiates: ours has one.
@@ -234,7 +235,7 @@ class Adam(torch.optim.Adam):
 
     def _wraps_tensors(self) -> bool:
         return any(
-            is_traceable_wrapper_subclass(param)
+            is_traceable_wrapper_subclass(param) and not shards.is_dtensor(param)
             for group in self.param_groups
             for param in group["params"]
         )
@@ -242,11 +243,11 @@ class Adam(torch.optim.Adam):
     def _step_of_torch(self, closure: Callable[[], Any] | None) -> Any:
         if (self.max_grad_norm, self.nonfinite, self.low_precision) != (None, "propagate", None):
             raise RuntimeError(
-                "parameters that wrap other tensors (DTensor) run torch's own update, which has no "
-                "max_grad_norm, nonfinite or low_precision"
+                "parameters that wrap other tensors, unless as DTensor, run torch's own update, "
+                "which has no max_grad_norm, nonfinite or low_precision"
             )
         warnings.warn(
-            "fastremedy: parameters that wrap other tensors (DTensor) run torch's own update",
+            "fastremedy: parameters that wrap other tensors run torch's own update",
             stacklevel=3,
         )
         return _STEP_OF_TORCH(self, closure)
@@ -263,18 +264,22 @@ class Adam(torch.optim.Adam):
             self.param_groups[0].get("noise_seed", 0),
         )
         raw_stats = []
-        grad_scale = options.grad_scale
-        if len(tables) > 1 and options.needs_norm:
-            options, self._grad_norm = fold_over_devices([rows for rows, _ in tables], options)
+        grad_scale, has_found_inf = options.grad_scale, options.found_inf is not None
+        all_rows = [rows for rows, _ in tables]
+        if any(self._tables.everyone) or (len(tables) > 1 and options.needs_norm):
+            options, self._grad_norm = fold(all_rows, self._tables.everyone, options)
         for rows, table in tables:
             packed = rows.packed()
-            for owner, work in packed:
-                work.copy_(owner)
+            for memory, work in packed:
+                work.copy_(memory)
             sums = room_for_stats(rows) if self.collect_stats else None
             num_skipped = self._count_on(rows.device)
+            version = rows.version
             outcome = table.step(on_device(options, rows.device), num_skipped, sums)
-            for owner, work in packed:
-                owner.copy_(work)
+            for memory, work in packed:
+                memory.copy_(work)
+            rows.note_update(version)
+            rows.grads.clear()  # they would outlive zero_grad
             if outcome.total_norm is not None:
                 self._grad_norm = outcome.total_norm
             if sums is not None:
@@ -283,27 +288,13 @@ class Adam(torch.optim.Adam):
                 raw_stats.append(RawUpdateStats(rows, sums))
         if raw_stats:
             self._raw_stats = raw_stats
-        if self.nonfinite == "error":
-            self._raise_if_nonfinite(options.found_inf)
+        if self.nonfinite == "error" and self._grad_norm is not None and not has_found_inf:
+            raise_if_nonfinite(self._grad_norm, self.param_groups)
 
     def _count_on(self, device: torch.device) -> Tensor:
         if device not in self._num_skipped:
             self._num_skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._num_skipped[device]
-
-    def _raise_if_nonfinite(self, found_inf: Tensor | None) -> None:
-        norm = self._grad_norm
-        if norm is None or bool(norm.isfinite()) or found_inf is not None:
-            return
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and not bool(param.grad.isfinite().all()):
-                    bad = int((~param.grad.isfinite()).sum())
-                    raise RuntimeError(
-                        f"gradient of {name_of(param, self.param_groups)} must be finite, "
-                        f"got {bad} NaN or infinite of {param.grad.numel()} elements; "
-                        "nothing was changed"
-                    )
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -323,6 +314,10 @@ class AdamW(Adam, torch.optim.AdamW):
         - A parameter that is twice in one group is an error (torch warns and updates it twice).
         - ``foreach`` and ``fused`` are accepted and have no effect; with ``differentiable`` torch's
           own update runs.
+        - With DTensors ``grad_norm`` is a plain tensor with the norm of the whole model. All ranks
+          step together, skip together and raise together.
+        - ``ZeroRedundancyOptimizer`` shows each rank some whole parameters: ``max_grad_norm`` and
+          ``nonfinite`` would see no others. Clip with :func:`fastremedy.clip_` there.
 
     Args:
         params: parameters, named parameters or param groups.
@@ -342,7 +337,8 @@ class AdamW(Adam, torch.optim.AdamW):
             ``"skip"`` leaves parameters, state and step as they are, without waiting for the
             device; ``"error"`` raises, naming the parameter.
         low_precision: how float16 and bfloat16 parameters keep updates smaller than their last
-            bit: ``"stochastic"`` rounds at random without bias (the seed is in the state dict),
+            bit: ``"stochastic"`` rounds at random without bias (the seed, drawn from torch's
+            generator, is in the state dict; replicas stay equal if their ranks draw the same),
             ``"kahan"`` keeps the lost part in the parameter's dtype, ``"master"`` keeps a float32
             copy and float32 moments. None rounds to nearest, as torch does.
         state_dtype: dtype of the moments of real parameters; None for the parameter's own.

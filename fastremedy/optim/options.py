@@ -1,16 +1,16 @@
-"""Options of the optimizers: checks, and how they reach the parameters of several devices."""
+"""Options of the optimizers: checks, and how they reach all devices and ranks."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..ops import dispatch
+from ..ops import dispatch, shards
 from ..ops.adamw import Options
-from ..ops.clip_grad_norm import clip_coefficient, norm_dtype, total_norm
-from ..ops.table import Rows
+from ..ops.clip_grad_norm import clip_coefficient, norm_dtype
+from .rows import LocalRows
 
 _NONFINITE = ("propagate", "skip", "error")
 _LOW_PRECISION = (None, "stochastic", "kahan", "master")
@@ -41,18 +41,21 @@ def check_options(
         raise ValueError(f"state_dtype must be one of {_STATE_DTYPES}, got {state_dtype!r}")
 
 
-def fold_over_devices(all_rows: list[Rows], options: Options) -> tuple[Options, Tensor | None]:
-    """Fold norm, clipping and checks over several devices into grad_scale and found_inf."""
-    norms = []
-    for rows in all_rows:
-        grads = [owner.grad for owner in rows.owners if owner.grad is not None]
-        if grads:
-            norms.append(
-                dispatch.clip_grad_norm_(grads, math.inf, options.norm_type, from_grad=False)
-            )
-    if not norms:
+def fold(
+    all_rows: list[LocalRows], everyone: Mapping[shards.Groups, torch.device], options: Options
+) -> tuple[Options, Tensor | None]:
+    """Fold norm, clipping and checks over devices and ranks into grad_scale and found_inf."""
+    if options.found_inf is not None:
+        options = options._replace(found_inf=shards.agree(options.found_inf, everyone))
+    if not options.needs_norm:
         return options, None
-    norm = total_norm([norm.reshape(1) for norm in norms], options.norm_type)
+    memory: list[Tensor] = []
+    groups: list[shards.Groups] = []
+    for rows in all_rows:
+        memory_of_rows, groups_of_rows = rows.norm_terms()
+        memory += memory_of_rows
+        groups += groups_of_rows
+    norm, _ = dispatch.norm_over_ranks(memory, groups, everyone, options.norm_type)
     scale = torch.ones_like(norm)
     if options.grad_scale is not None:
         scale = options.grad_scale.to(norm.device, torch.float64).reshape(())
@@ -68,7 +71,7 @@ def fold_over_devices(all_rows: list[Rows], options: Options) -> tuple[Options, 
     folded = options._replace(
         max_norm=None, skip_nonfinite=False, grad_scale=scale, found_inf=found_inf
     )
-    return folded, norm.to(norm_dtype(norms))
+    return folded, norm.to(norm_dtype(memory))
 
 
 def on_device(options: Options, device: torch.device) -> Options:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..ops import shards
 from ..ops.adamw import Columns
 from ..ops.dispatch import is_dense
 from ..ops.table import Group, Rows
@@ -15,6 +19,77 @@ from ..ops.table import Group, Rows
 _HALF = (torch.float16, torch.bfloat16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 RESIDUAL_KEYS = {"kahan": "compensation", "master": "master_param"}
+
+
+@dataclass
+class LocalRows(Rows):
+    """Rows of parameters that may be DTensors, of which the kernels see what is on this rank."""
+
+    memory: list[Tensor] = field(default_factory=list)  # of the owners
+    groups: list[shards.Groups] = field(default_factory=list)  # of the owners
+    grads: dict[int, Tensor] = field(default_factory=dict)  # memory of what tables did not read
+
+    @functools.cached_property
+    def sharded(self) -> list[int]:
+        """Rows of DTensors."""
+        return [i for i, owner in enumerate(self.owners) if shards.is_dtensor(owner)]
+
+    @functools.cached_property
+    def _sharded_owners(self) -> list[Tensor]:
+        return [self.owners[i] for i in self.sharded]
+
+    @functools.cached_property
+    def _sharded_memory(self) -> list[Tensor]:
+        return [self.memory[i] for i in self.sharded]
+
+    def norm_terms(self) -> tuple[list[Tensor], list[shards.Groups]]:
+        """Return the memory of this step's gradients, and the process groups that have the rest."""
+        memory, groups = [], []
+        for i, (owner, of_owner) in enumerate(zip(self.owners, self.groups, strict=True)):
+            grad = self.grads.get(i, owner.grad)
+            if grad is not None:
+                memory.append(grad)
+                groups.append(of_owner)
+        return memory, groups
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether every DTensor still has the memory that it had."""
+        now = map(operator.attrgetter("_local_tensor"), self._sharded_owners)
+        return all(map(operator.is_, now, self._sharded_memory))
+
+    @functools.cached_property
+    def _repacked(self) -> list[int]:
+        works = zip(self.memory, self.columns.params, self.indirect, strict=True)
+        return [
+            i
+            for i, (memory, work, indirect) in enumerate(works)
+            if indirect and work.data_ptr() != memory.data_ptr()
+        ]
+
+    def packed(self) -> list[tuple[Tensor, Tensor]]:
+        """Return parameters with gaps in memory and the dense copies that kernels update."""
+        return [
+            (
+                self.memory[i],
+                torch.view_as_complex(self.columns.params[i])
+                if self.memory[i].is_complex()
+                else self.columns.params[i],
+            )
+            for i in self._repacked
+            if self.owners[i].grad is not None
+        ]
+
+    @property
+    def version(self) -> int:
+        """Changes with the memory of DTensors that have a gradient."""
+        owners, memory = self.owners, self.memory
+        return next((memory[i]._version for i in self.sharded if owners[i].grad is not None), 0)
+
+    def note_update(self, version: int) -> None:
+        """Tell autograd that DTensors have changed, if :attr:`version` did."""
+        if self.version != version:
+            torch.autograd.graph.increment_version(self._sharded_owners)
 
 
 def init_state(
@@ -32,10 +107,14 @@ def init_state(
     for (param, amsgrad), step in zip(params, steps.unbind(), strict=True):
         values = state[param]
         values["step"] = step
+        memory = shards.local(param)
         for name in _MOMENTS[: 3 if amsgrad else 2]:
-            values[name] = torch.zeros_like(
-                param, dtype=_moment_dtype(param, state_dtype), memory_format=torch.preserve_format
+            moment = torch.zeros_like(
+                memory,
+                dtype=_moment_dtype(param, state_dtype),
+                memory_format=torch.preserve_format,
             )
+            values[name] = shards.wrap(moment, param)
 
 
 def _moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
@@ -50,7 +129,8 @@ def adopt_state(param: Tensor, values: dict[str, Any], amsgrad: bool, low_precis
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != param.device:
         values["step"] = torch.as_tensor(float(step), dtype=torch.float32, device=param.device)
     if amsgrad and "max_exp_avg_sq" not in values:
-        values["max_exp_avg_sq"] = torch.zeros_like(values["exp_avg_sq"])
+        second = values["exp_avg_sq"]
+        values["max_exp_avg_sq"] = shards.wrap(torch.zeros_like(shards.local(second)), second)
     names = [name for name in _MOMENTS if name in values]
     dtype = _common_dtype(param, [values[name] for name in names])
     for name in names:
@@ -62,9 +142,9 @@ def adopt_state(param: Tensor, values: dict[str, Any], amsgrad: bool, low_precis
     if key in values:
         values[key] = _like(values[key], param, residual_dtype)
     elif low_precision == "master":
-        values[key] = param.detach().to(residual_dtype)
+        values[key] = shards.wrap(shards.local(param).detach().to(residual_dtype), param)
     else:
-        values[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        values[key] = shards.wrap(torch.zeros_like(shards.local(param)), param)
 
 
 def _common_dtype(param: Tensor, moments: list[Tensor]) -> torch.dtype:
@@ -82,10 +162,17 @@ def _like(stored: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
             f"state must have the shape of its parameter, expected {tuple(param.shape)}, "
             f"got {tuple(stored.shape)}"
         )
-    wanted = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    if (stored.dtype, stored.device, stored.stride()) == (dtype, param.device, wanted.stride()):
-        return stored
-    return wanted.copy_(stored)
+    if shards.is_dtensor(stored) != shards.is_dtensor(param):
+        raise ValueError(
+            "state must be a DTensor if and only if its parameter is one: load it by "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    placed = shards.placed_as(stored, param)
+    source, memory = shards.local(placed), shards.local(param)
+    wanted = torch.empty_like(memory, dtype=dtype, memory_format=torch.preserve_format)
+    if (source.dtype, source.device, source.stride()) == (dtype, memory.device, wanted.stride()):
+        return placed
+    return shards.wrap(wanted.copy_(source), param)
 
 
 def make_rows(
@@ -93,11 +180,12 @@ def make_rows(
     state: Mapping[Tensor, dict[str, Any]],
     device: torch.device,
     low_precision: str,
-) -> Rows:
+) -> LocalRows:
     """Collect the parameters of one device; those without state are listed apart."""
     columns = Columns([], [], [], [], [], [], [], [])
-    rows = Rows(device, columns)
+    rows = LocalRows(device, columns)
     key = RESIDUAL_KEYS.get(low_precision)
+    num_params = sum(len(group["params"]) for group in param_groups)
     stream = 0
     for g, group in enumerate(param_groups):
         for param in group["params"]:
@@ -109,21 +197,26 @@ def make_rows(
                 continue
             values = state[param]
             adopt_state(param, values, group["amsgrad"], low_precision)
-            dense = is_dense(param)
+            memory = shards.local(param)
+            dense = is_dense(memory)
             rows.owners.append(param)
-            rows.indirect.append(param.is_complex() or not dense)
-            work = param if dense else torch.empty_like(param, memory_format=torch.preserve_format)
+            rows.memory.append(memory)
+            rows.indirect.append(shards.is_dtensor(param) or param.is_complex() or not dense)
+            work = memory if dense else torch.empty_like(memory)
             residual = values[key] if key is not None and param.dtype in _HALF else None
             columns.params.append(as_real(work))
-            columns.exp_avgs.append(as_real(values["exp_avg"]))
-            columns.exp_avg_sqs.append(as_real(values["exp_avg_sq"]))
+            columns.exp_avgs.append(as_real(shards.local(values["exp_avg"])))
+            columns.exp_avg_sqs.append(as_real(shards.local(values["exp_avg_sq"])))
             columns.max_exp_avg_sqs.append(
-                as_real(values["max_exp_avg_sq"]) if group["amsgrad"] else None
+                as_real(shards.local(values["max_exp_avg_sq"])) if group["amsgrad"] else None
             )
-            columns.residuals.append(residual)
+            columns.residuals.append(None if residual is None else shards.local(residual))
             columns.steps.append(values["step"])
             columns.groups.append(g)
-            columns.streams.append(stream - 1)
+            # Shards of one parameter draw different noise, replicas the same.
+            shard = shards.index_of(param)
+            columns.streams.append((stream - 1 + shard * num_params) % 2**32)
+    rows.groups = shards.groups_of(rows.owners)
     return rows
 
 
@@ -136,6 +229,7 @@ def fits(param: Tensor, grad: Tensor) -> bool:
     """Whether a gradient can update a parameter, whatever its strides."""
     return (
         grad.layout == torch.strided
+        and shards.is_dtensor(grad) == shards.is_dtensor(param)
         and grad.shape == param.shape
         and grad.device == param.device
         and grad.is_complex() == param.is_complex()
@@ -157,6 +251,7 @@ def raise_misfit(param: Tensor, grad: Tensor, name: str) -> NoReturn:
     for what, expected, got in (
         ("shape", tuple(param.shape), tuple(grad.shape)),
         ("device", param.device, grad.device),
+        ("kind", _kind(param), _kind(grad)),
     ):
         if expected != got:
             raise ValueError(
@@ -165,6 +260,10 @@ def raise_misfit(param: Tensor, grad: Tensor, name: str) -> NoReturn:
             )
     kind = "complex" if param.is_complex() else "real floating point"
     raise ValueError(f"gradient of {name} must be {kind} as the parameter is, got {grad.dtype}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return "DTensor" if shards.is_dtensor(tensor) else "Tensor"
 
 
 def aligned_grad(grad: Tensor, work: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..ops import shards
 from ..ops.dispatch import KERNEL_DTYPES
-from ..ops.table import Group, Rows, Table, make_table
-from .rows import aligned_grad, fits, init_state, make_rows, raise_misfit
+from ..ops.table import Group, Table, make_table
+from .rows import LocalRows, aligned_grad, fits, init_state, make_rows, raise_misfit
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -23,8 +24,10 @@ class Tables:
         """Remember what new state has to look like; nothing is built yet."""
         self._low_precision = low_precision or "nearest"
         self._state_dtype = state_dtype
-        self._tables: list[tuple[Rows, Table]] | None = None
+        self._tables: list[tuple[LocalRows, Table]] | None = None
         self._choice: str | None = None
+        #: Process groups of all parameters, in their order, which ranks share.
+        self.everyone: dict[shards.Groups, torch.device] = {}
         self._captured: list[Table] = []  # a CUDA graph uses their memory as long as it lives
 
     @property
@@ -32,7 +35,7 @@ class Tables:
         """Whether there are tables, which may be out of date."""
         return self._tables is not None
 
-    def gather(self, param_groups: list[Group], state: State) -> list[tuple[Rows, Table]]:
+    def gather(self, param_groups: list[Group], state: State) -> list[tuple[LocalRows, Table]]:
         """Return tables that have read the gradients; create the state of new parameters.
 
         Raises:
@@ -49,21 +52,27 @@ class Tables:
             self._tables = None
         raise RuntimeError("param_groups or state changed while the step was reading them")
 
-    def _read(self, rows: Rows, table: Table, param_groups: list[Group], state: State) -> bool:
-        unread = table.gather(param_groups, state)
+    def _read(self, rows: LocalRows, table: Table, param_groups: list[Group], state: State) -> bool:
+        unread = table.gather(param_groups, state) if rows.is_in_place else None
         if unread is None:
             return False
+        rows.grads.clear()
         for row in unread:
             owner = rows.owners[row]
-            assert owner.grad is not None
-            if not fits(owner, owner.grad):
-                raise_misfit(owner, owner.grad, name_of(owner, param_groups))
-            table.set_grad(row, aligned_grad(owner.grad, rows.columns.params[row]))
+            grad = owner.grad
+            assert grad is not None
+            memory = shards.memory_as(grad, owner)
+            if memory is None or not _takes(table, row, memory):
+                if not fits(owner, grad):
+                    raise_misfit(owner, grad, name_of(owner, param_groups))
+                memory = shards.local(shards.placed_as(grad, owner))
+                table.set_grad(row, aligned_grad(memory, rows.columns.params[row]))
+            rows.grads[row] = memory
         if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured.append(table)
         return True
 
-    def _build(self, param_groups: list[Group], state: State) -> list[tuple[Rows, Table]]:
+    def _build(self, param_groups: list[Group], state: State) -> list[tuple[LocalRows, Table]]:
         fresh: dict[torch.device, list[tuple[Tensor, bool]]] = {}
         chosen: dict[torch.device, str] = {}
         for group in param_groups:
@@ -84,11 +93,21 @@ class Tables:
             )
         for params in fresh.values():
             init_state(params, state, self._state_dtype)
+        all_params = [param for group in param_groups for param in group["params"]]
+        self.everyone = shards.everyone(all_params, shards.groups_of(all_params))
         tables = []
         for device, backend in chosen.items():
             rows = make_rows(param_groups, state, device, self._low_precision)
             tables.append((rows, make_table(backend, rows, param_groups, state)))
         return tables
+
+
+def _takes(table: Table, row: int, grad: Tensor) -> bool:
+    try:
+        table.set_grad(row, grad)
+    except ValueError:  # other strides, or another kind of number
+        return False
+    return True
 
 
 def check_param(param: Tensor, param_groups: list[Group]) -> None:
@@ -102,7 +121,8 @@ def check_param(param: Tensor, param_groups: list[Group]) -> None:
             f"{name_of(param, param_groups)} must be float32, float64, float16, bfloat16, "
             f"complex64 or complex128, got {param.dtype}"
         )
-    dims = zip(param.shape, param.stride(), strict=True)
+    memory = shards.local(param)
+    dims = zip(memory.shape, memory.stride(), strict=True)
     if any(size > 1 and stride == 0 for size, stride in dims):
         raise ValueError(
             f"{name_of(param, param_groups)} must have memory for every element, "
@@ -119,3 +139,28 @@ def name_of(param: Tensor, param_groups: list[Group]) -> str:
                 names: Iterable[str] | None = group.get("param_names")
                 return f"{list(names)[i]} ({place})" if names else place
     raise AssertionError("the parameter is in none of the groups")
+
+
+def raise_if_nonfinite(norm: Tensor, param_groups: list[Group]) -> None:
+    """Name the first gradient that is to blame for a norm, which all ranks have.
+
+    Raises:
+        RuntimeError: the norm is NaN or infinite because a gradient is.
+    """
+    if bool(norm.isfinite()):
+        return
+    is_sharded = False
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            is_sharded |= shards.is_dtensor(param)
+            grad = shards.local(param.grad)
+            if not bool(grad.isfinite().all()):
+                raise RuntimeError(
+                    f"gradient of {name_of(param, param_groups)} must be finite, "
+                    f"got {int((~grad.isfinite()).sum())} NaN or infinite of {grad.numel()} "
+                    "elements; nothing was changed"
+                )
+    if is_sharded:
+        raise RuntimeError("gradients must be finite, got another rank's NaN or infinity")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops.activation_stats import COUNTS, MOMENTS, NUM_BUCKETS, empty_moments, merge
 from ..ops.adamw import UPDATE_STATS
+from ..ops.shards import is_dtensor, local
 from ..optim.update_stats import columns_of
 from .courier import Parcel
 from .ranks import least_known, over_ranks
@@ -122,7 +123,9 @@ class History:
         report = Report(kept, {}, num_bytes)
         for name in parts:
             if name == "updates":
-                numels = torch.tensor([p.tensor.numel() for p in rows.params]).double()
+                # Shards are parts of a parameter; those of all ranks are the whole.
+                params = [p.tensor if group is not None else local(p.tensor) for p in rows.params]
+                numels = torch.tensor([param.numel() for param in params]).double()
                 columns = columns_of(numbers["updates"], numels)
                 by_step = dict(zip(COLUMNS[name], columns, strict=True))
                 overall = {column: _median(values) for column, values in by_step.items()}
@@ -165,7 +168,7 @@ class History:
 
     def _is_split(self) -> dict[str, Tensor]:
         """Return which rows and parameters differ from rank to rank: outputs, and local shards."""
-        params = [hasattr(param.tensor, "_local_tensor") for param in self.rows.params]
+        params = [is_dtensor(param.tensor) for param in self.rows.params]
         each_part = params * (self.rows.gradients + self.rows.weights)
         rows = [True] * len(self.rows.layers) + each_part
         return {

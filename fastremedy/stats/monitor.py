@@ -46,7 +46,7 @@ class Monitor:
 
     What our own parts know is taken from them instead of reading tensors again. ``BatchNormReLU``
     and modules after :func:`fastremedy.nn.fuse_` tell mean and variance of their *input*, dead
-    outputs and units with non-finite values (other columns stay unknown). The
+    outputs and units with non-finite values (other columns stay unknown; call ``fuse_`` first). The
     :class:`fastremedy.optim.AdamW` tells norms of updates and which elements moved; other
     optimizers leave those columns empty. :func:`fastremedy.clip_` tells the norm of each gradient.
 

@@ -1,0 +1,82 @@
+"""Starts the ranks of a process group and runs a module's checks in all of them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fastremedy
+
+from .conftest import ROOT
+
+BACKENDS = ("torch", "cpu")
+Check = Callable[[int, int], None]
+Checks = dict[str, Check]
+Failures = dict[str, list[str]]
+
+
+def registry(checks: Checks) -> Callable[[Check], Check]:
+    """Return a decorator that registers what every rank runs, with its number and theirs."""
+
+    def check(function: Check) -> Check:
+        checks[function.__name__] = function
+        return function
+
+    return check
+
+
+def run_checks(module: str, world_size: int) -> Failures:
+    """Run all checks of a module in one group of processes: starting it costs seconds."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)  # the ranks import the module
+        torch.multiprocessing.spawn(run_rank, (world_size, folder, module), nprocs=world_size)
+        failures: Failures = json.loads(Path(folder, "failures.json").read_text())
+    return failures
+
+
+def run_rank(rank: int, world_size: int, folder: str, module: str) -> None:
+    """Run all checks on all backends; write what failed, by name, to ``failures.json``."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    checks: Checks = importlib.import_module(module).CHECKS
+    failures = {}
+    for backend in BACKENDS:
+        if fastremedy.backends.reason_against(backend, "cpu") is not None:
+            continue
+        for name, function in checks.items():
+            torch.manual_seed(0)
+            error = None
+            try:
+                with fastremedy.backends.use(backend):
+                    function(rank, world_size)
+            except Exception:
+                error = traceback.format_exc()
+            errors: list[str | None] = [None] * world_size
+            dist.all_gather_object(errors, error)
+            failures[f"{backend}-{name}"] = [e for e in errors if e is not None]
+    if rank == 0:
+        Path(folder, "failures.json").write_text(json.dumps(failures))
+    dist.destroy_process_group()
+
+
+def assert_none_failed(failures: Failures, backend: str, name: str) -> None:
+    """Fail with the traces of the ranks; skip a backend that could not run."""
+    key = f"{backend}-{name}"
+    if key not in failures:
+        pytest.skip("the native library is missing")
+    assert not failures[key], "\n".join(failures[key])
