@@ -2,9 +2,9 @@
 # make test     set everything up, then run the tests
 # make bench    measure into benchmarks/results/, then print the numbers into README.md
 # make lint     ruff, mypy, clang-format
-# make wheel    dist/*.whl
+# make wheel    the sdist and the wheel of this Python into dist/; needs nvcc, or ARGS=--cpu
 #
-# ARGS='--epochs 20'               arguments for the demo, pytest or the benchmarks
+# ARGS='--epochs 20'               arguments for the demo, pytest, the benchmarks or the wheel
 # TORCH=torch==2.11.0              another torch than the CPU build below
 # SYSTEM=1 PYTHON=/path/to/python  the torch of that Python; nothing is installed over it
 
@@ -41,8 +41,7 @@ lint: $(READY)
 	  xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 wheel: $(READY)
-	rm -rf build/lib*
-	$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(PY) tools/build_wheels.py --here $(ARGS)
 
 build: $(BUILT)
 

@@ -3,6 +3,7 @@
 from . import amp, backends, functional, nn, ops, optim, stats
 from ._version import __version__
 from .clip import clip_, clip_value_, grad_norm
+from .compilation import warmup
 
 __all__ = [
     "__version__",
@@ -16,4 +17,5 @@ __all__ = [
     "ops",
     "optim",
     "stats",
+    "warmup",
 ]

@@ -80,18 +80,6 @@ def test_wheel_without_native_library(checkout: Path, tmp_path: Path) -> None:
     assert (backend, is_updated) == ("torch", "True")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
-def test_wheel_with_native_library(checkout: Path, tmp_path: Path) -> None:
-    wheel = build_wheel(checkout, "cpu")
-    (library,) = [name for name in wheel.namelist() if name.endswith(".so")]
-    assert library.startswith("fastremedy/_C.")
-    wheel.extractall(tmp_path / "site")
-    file, backend, is_updated = run_from(tmp_path / "site", STEP).split()
-    assert file.startswith(str(tmp_path))
-    assert (backend, is_updated) == ("cpu", "True")
-
-
 def test_source_distribution_can_be_built_from(checkout: Path) -> None:
     code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
     environment = {**os.environ, "FASTREMEDY_BUILD": "none"}

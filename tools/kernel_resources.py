@@ -98,7 +98,6 @@ def triton_resources(archs: Sequence[str]) -> Iterator[Resources]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = importlib.import_module("fastremedy.triton_kernels.multi_tensor").LAUNCH_OPTIONS
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for name in TRITON_MODULES:
         module = importlib.import_module(f"fastremedy.triton_kernels.{name}")
@@ -107,7 +106,7 @@ def triton_resources(archs: Sequence[str]) -> Iterator[Resources]:
                 compiled = triton.compile(
                     ASTSource(form.kernel, form.signature, form.constants),
                     target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-                    options=options,
+                    options=dict(form.options),
                 )
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     file.write(compiled.asm["cubin"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -337,6 +338,10 @@ def specialisations() -> Iterator[Specialisation]:
             "ROWS_BLOCK": ROWS_BLOCK,
         }
         yield Specialisation(prepare_kernel, prepare_types, constants)
+        constants = {**constants, "SKIP_NONFINITE": False}
+        absent: tuple[str, ...] = ("grad_scale_ptr", "found_inf_ptr", "skipped_ptr")
+        absent += ("total_norm_ptr",) if norm == "none" else ()
+        yield _without(absent, Specialisation(prepare_kernel, prepare_types, constants))
     update_types = {
         **dict.fromkeys(TABLE, "*i64"),
         "grads_ptr": "*i64",
@@ -355,7 +360,8 @@ def specialisations() -> Iterator[Specialisation]:
         if measures and widest * MAX_MEASURED < 16:
             wide_accesses = 0
         constants = form.constants(rounding, measures)
-        yield Specialisation(update_kernel, update_types, constants, wide_accesses)
+        one = Specialisation(update_kernel, update_types, constants, wide_accesses)
+        yield one if measures or form.amsgrad else _without(("skipped_ptr",), one)
     finish_types = {
         **dict.fromkeys(("first_chunks_ptr", "sizes_ptr", "grads_ptr", "order_ptr"), "*i64"),
         "partials_ptr": "*fp64",
@@ -364,6 +370,11 @@ def specialisations() -> Iterator[Specialisation]:
     }
     constants = {"CHUNK": CHUNK, "CHUNKS_BLOCK": CHUNKS_BLOCK}
     yield Specialisation(finish_update_stats_kernel, finish_types, constants)
+
+
+def _without(absent: Sequence[str], form: Specialisation) -> Specialisation:
+    types = {name: kind for name, kind in form.types.items() if name not in absent}
+    return replace(form, types=types, constants={**form.constants, **dict.fromkeys(absent)})
 
 
 def _usual_forms() -> Iterator[tuple[Form, str]]:

@@ -388,8 +388,10 @@ def _specialisation(
     else:
         absent = (*absent, "loss_ptr")
     names = [name for name in kernel.arg_names if name not in constants]
+    is_checked = constants["LABELS"] and kernel in (sigmoid_forward_kernel, softmax_forward_kernel)
     return Specialisation(
         kernel,
         {name: types[name] for name in names if name not in absent},
         {**constants, **dict.fromkeys(name for name in names if name in absent)},
+        options=CHECKED_OPTIONS if is_checked else LAUNCH_OPTIONS,
     )

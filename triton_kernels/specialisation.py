@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from .multi_tensor import LAUNCH_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Specialisation:
     types: Mapping[str, str]  # of the runtime arguments, as Triton spells them: "*fp32", "i32"
     constants: Mapping[str, Any]
     wide_accesses: int = 0  # 16-byte loads and stores in the loops over full, aligned blocks
+    options: Mapping[str, Any] = field(default_factory=LAUNCH_OPTIONS.copy)  # of the launch
 
     @property
     def name(self) -> str:

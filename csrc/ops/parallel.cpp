@@ -1,9 +1,11 @@
 // torch's thread pool through the stable ABI.
+// clang-format off: stable_abi.h first
+#include "stable_abi.h"
+// clang-format on
+
 #include "../cpu/parallel.h"
 
 #include <torch/csrc/stable/ops.h>
-
-#include "stable_abi.h"
 
 namespace fastremedy::cpu {
 

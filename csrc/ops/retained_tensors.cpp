@@ -1,11 +1,13 @@
+// clang-format off: stable_abi.h first
+#include "stable_abi.h"
+// clang-format on
+
 #include "../host/retained_tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <vector>
-
-#include "stable_abi.h"
 
 namespace fastremedy {
 namespace {
