@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,19 +101,22 @@ def bench_monitor(device: torch.device, compare: Callable[..., None]) -> None:
     images = torch.randn(demo.BATCH_SIZE, 1, 8, 8, device=device)
     labels = torch.randint(10, (demo.BATCH_SIZE,), device=device)
 
-    def training(every: int | None) -> Callable[[], object]:
-        run = demo.our_run("", demo.network().to(device), num_steps=10**6)
-        monitor = None if every is None else Monitor(run.model, every).attach()
+    with demo.exact(), contextlib.ExitStack() as monitors:
 
-        def train() -> None:
-            for _ in range(case.steps):
-                run.step(images, labels)
-                if monitor is not None:
-                    monitor.step()
+        def training(every: int | None) -> Callable[[], object]:
+            run = demo.our_run("", demo.network().to(device), num_steps=10**6)
+            monitor = None
+            if every is not None:
+                monitor = monitors.enter_context(Monitor(run.model, every))
 
-        return train
+            def train() -> None:
+                for _ in range(case.steps):
+                    run.step(images, labels)
+                    if monitor is not None:
+                        monitor.step()
 
-    with demo.exact():
+            return train
+
         candidates = {
             bench.OURS: training(every=1),
             "not monitored": training(every=None),

@@ -103,14 +103,18 @@ def clip_grad_norm_(
     ``observe`` is given the norms of the gradients before clipping, float64, one of each tensor
     that has a gradient.
     """
-    if shards.any_dtensor(tensors):
-        return _clip_mixed(tensors, max_norm, norm_type, from_grad, observe)
     first = _first_grad(tensors, from_grad)
-    if first is None:
-        return torch.tensor(0.0)
-    backend = backends.active("clip_grad_norm", first.device)
+    backend = "torch" if first is None else backends.active("clip_grad_norm", first.device)
+    native = None
     if backend in ("cpu", "cuda"):
         native = _native.module_for(backend).GradList(tensors, from_grad)
+    # If every gradient is plain memory there is no DTensor: looking at all of them takes time.
+    is_plain = native is not None and native.is_uniform and len(native) == len(tensors)
+    if not is_plain and shards.any_dtensor(tensors):
+        return _clip_mixed(tensors, max_norm, norm_type, from_grad, observe)
+    if first is None:
+        return torch.tensor(0.0)
+    if native is not None:
         if native.is_uniform and (max_norm == math.inf or not native.has_duplicates):
             norms = None if observe is None else _room_for_norms(len(native), first.device)
             norm = _clip_native(native, first.device, max_norm, norm_type, norms)
