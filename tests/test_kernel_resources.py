@@ -61,7 +61,7 @@ def test_no_kernel_spills_and_accesses_are_wide(tmp_path: Path) -> None:
     for dtype in ("fp32", "bf16"):
         # Two loads in each of two loops; gradient, parameter and moments loaded, three stored.
         assert by_name[f"grad_norm_kernel[l2, {dtype}]"]["wide_accesses"] == 4
-        update = f"update_kernel[{dtype}, {dtype}, {dtype}, {dtype}, nearest]"
+        update = f"update_kernel[{dtype}, {dtype}, {dtype}, {dtype}, nearest, no skipped]"
         assert by_name[update]["wide_accesses"] == 7
     for row in rows:
         assert row["kernel"] in result.stdout

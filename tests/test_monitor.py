@@ -104,11 +104,13 @@ def test_histograms_are_those_of_full_steps(backend: str, device: torch.device) 
     for row, name in enumerate(part.names):
         values = together(x for step in seen_in_full for x in step[name])
         assert torch.equal(part.histogram[row], histogram_of(values))
-    gradients = monitor.report().parts["gradients"]
-    assert gradients.by_step["count"][:, 0].tolist() == [96, 0, 96, 0]
-    assert gradients.by_step["l2"][1].isnan().all()
-    assert gradients.histogram is not None
-    assert gradients.histogram.sum(1).tolist() == [2 * p.numel() for p in model.parameters()]
+    gradients, weights = (monitor.report().parts[name] for name in ("gradients", "weights"))
+    assert gradients.by_step["count"][:, 0].tolist() == [96, 96, 96, 96]
+    assert weights.by_step["count"][:, 0].tolist() == [96, 0, 96, 0]
+    assert weights.by_step["l2"][1].isnan().all()
+    for part in (gradients, weights):
+        assert part.histogram is not None
+        assert part.histogram.sum(1).tolist() == [2 * p.numel() for p in model.parameters()]
 
 
 def test_shares_of_saturated_outputs_are_those_of_each_step() -> None:

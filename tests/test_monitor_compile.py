@@ -79,7 +79,8 @@ def test_compiled_once_and_right(counter: Counter, whole: bool) -> None:
     assert counter.num_graphs == 1
     report = monitor.report()
     check_part(report.parts["activations"], expected)
-    assert report.parts["gradients"].by_step["count"][:, 0].tolist() == [96, 0, 0, 0] * 2 + [96, 0]
+    assert report.parts["gradients"].by_step["count"][:, 0].tolist() == [96] * 10
+    assert report.parts["weights"].by_step["count"][:, 0].tolist() == [96, 0, 0, 0] * 2 + [96, 0]
 
 
 def test_evaluation_of_compiled_code(counter: Counter) -> None:

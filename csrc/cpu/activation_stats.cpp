@@ -116,10 +116,8 @@ class Accumulator {
 
  private:
   void add_stretch(const T* values, int64_t n) {
-    static const bool is_wide = has_avx512();
-    const auto sum = is_wide ? (tables_ ? sum_stretch_avx512<true, T> : sum_stretch_avx512<false, T>)
-                             : (tables_ ? sum_stretch<true, T> : sum_stretch<false, T>);
-    const StretchSums<T> sums = sum(values, n, pilot_, tables_);
+    const StretchSums<T> sums = tables_ ? sum_stretch<true>(values, n, pilot_, tables_)
+                                        : sum_stretch<false>(values, n, pilot_, tables_);
     if (!sums.has_lost(pilot_)) {
       const double unit = 1 / static_cast<double>(pilot_.scale);
       powers_.s1 += static_cast<double>(sums.powers.s1) * unit;

@@ -40,11 +40,10 @@ inline constexpr int64_t kNumTables = 4;
 inline constexpr int64_t kTableSize = kNumBuckets + 256;
 
 // Buckets are counted in the same loop if there are tables: they keep other parts of the CPU busy.
-template <bool kHasTables, int kVectorBytes, class T>
-inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __restrict values,
-                                                                 int64_t n, Pilot<T> pilot,
-                                                                 uint32_t* __restrict tables) {
-  using Vector = typename VectorOf<T, kVectorBytes>::Type;
+template <bool kHasTables, class T>
+FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t n, Pilot<T> pilot,
+                                             uint32_t* __restrict tables) {
+  using Vector = typename VectorOf<T>::Type;
   using Mask = decltype(Vector{} < Vector{});
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   constexpr int64_t kWidth = sizeof(Vector) / sizeof(T);
@@ -90,10 +89,12 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
     s4 += t4;
     l1 += t5;
   }
-  const auto sum = [&](const auto& vector) {
-    typename std::remove_const_t<std::remove_reference_t<decltype(vector[0])>> total = 0;
-    for (int64_t k = 0; k < kWidth; ++k) total += vector[k];
-    return total;
+  // Pairwise: one after the other, equal sums would round the same way every time here, too.
+  const auto sum = [&](auto vector) {
+    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+      for (int64_t k = 0; k < half; ++k) vector[k] += vector[k + half];
+    }
+    return vector[0];
   };
   sums.powers = {sum(s1), sum(s2), sum(s3), sum(s4), sum(l1)};
   sums.num_zero = sum(num_zero);
@@ -111,19 +112,6 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
     sums.max = std::max(sums.max, values[i]);
   }
   return sums;
-}
-
-template <bool kHasTables, class T>
-FASTREMEDY_CLONES_WITHOUT_MASKS StretchSums<T> sum_stretch(const T* values, int64_t n,
-                                                           Pilot<T> pilot, uint32_t* tables) {
-  return sum_vectors<kHasTables, 32>(values, n, pilot, tables);
-}
-
-// The loop is bound by the number of instructions: vectors of 64 bytes take half of them.
-template <bool kHasTables, class T>
-FASTREMEDY_AVX512 StretchSums<T> sum_stretch_avx512(const T* values, int64_t n, Pilot<T> pilot,
-                                                    uint32_t* tables) {
-  return sum_vectors<kHasTables, 64>(values, n, pilot, tables);
 }
 
 }  // namespace fastremedy::cpu

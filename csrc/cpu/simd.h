@@ -13,37 +13,24 @@
 // has to wait for the mask. Of two streams from memory 2.2 elements a nanosecond come, 4.2 this
 // way.
 #define FASTREMEDY_CLONES_WITHOUT_MASKS __attribute__((target_clones("arch=x86-64-v3", "default")))
-// For loops written for vectors of 64 bytes, which only machines with has_avx512() may call.
-#define FASTREMEDY_AVX512 __attribute__((target("arch=x86-64-v4")))
 #else
 #define FASTREMEDY_CLONES
 #define FASTREMEDY_CLONES_WITHOUT_MASKS
-#define FASTREMEDY_AVX512
 #endif
 
 namespace fastremedy::cpu {
 
-inline bool has_avx512() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512cd");
-#else
-  return false;
-#endif
-}
-
 // 64 bytes of T, which add up lane by lane: two registers of AVX2. One of 64 bytes is taken apart
 // into single elements where the machine has none.
-template <class T, int kBytes = 32>
+template <class T>
 struct VectorOf;
-template <int kBytes>
-struct VectorOf<float, kBytes> {
-  typedef float Type __attribute__((vector_size(kBytes)));
+template <>
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(32)));
 };
-template <int kBytes>
-struct VectorOf<double, kBytes> {
-  typedef double Type __attribute__((vector_size(kBytes)));
+template <>
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(32)));
 };
 
 template <class T>

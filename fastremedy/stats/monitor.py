@@ -66,16 +66,16 @@ class Monitor:
         model: its modules get hooks in the steps that are monitored, and nothing else.
         every: monitor the first of every so many steps.
         activations: statistics of what modules return.
-        gradients: statistics of the gradients of parameters, in full steps.
-        weights: statistics of parameters, in full steps.
+        gradients: statistics of the gradients of parameters.
+        weights: statistics of parameters, in full steps: they change slowly.
         updates: norms of gradients, parameters and updates, and which elements moved.
         include: names or patterns (``"layer1.*"``) or classes of modules; None for all modules that
             compute something: those without children. A name or a class includes others, too.
         exclude: the same, for what to leave out.
         per_channel: also keep statistics of every unit (channel), for ``dead`` and ``diversity`` of
             all layers: one more read of every output.
-        full_every: the first of every so many monitored steps is a full one: histograms (quantiles
-            and saturated outputs follow from them), gradients and weights.
+        full_every: the first of every so many monitored steps is a full one, with weights and with
+            histograms, from which quantiles and saturated outputs follow.
         history: number of monitored steps that are kept.
         process_group: ranks whose numbers are taken together when they are read: ``report`` and all
             that is made from it have to be called on every rank. Batches may have any sizes.
@@ -208,7 +208,7 @@ class Monitor:
             if len(seen) < self._hooks.num_fused:
                 for row, raw in self._hooks.unseen(seen, self._recorder.fused_before):
                     self._recorder.add_fused(row, raw)
-            num_rows, rows_with_histogram = len(self._rows.layers), []
+            num_rows, rows_with_histogram = self._rows.first_weight, []
             if self._is_full:
                 num_rows, rows_with_histogram = self._rows.count, self._rows.saturating
             parcel = self._recorder.take(num_rows, rows_with_histogram)
@@ -226,7 +226,8 @@ class Monitor:
             self._arm(is_armed)
 
     def _begin_step(self) -> None:
-        self._unread = dict(self._rows_of_params) if self._is_full else {}
+        reads_params = self._rows.gradients or self._is_full
+        self._unread = dict(self._rows_of_params) if reads_params else {}
 
     def _arm(self, is_armed: bool) -> None:
         self._recorder.arm(is_armed)
@@ -330,7 +331,7 @@ class Monitor:
                     if grad_scale is not None:
                         grad = grad / grad_scale.to(grad.device)
                     found.append((grad, self._rows.first_gradient + row))
-        if self._rows.weights:
+        if self._rows.weights and self._is_full:
             found += [(param, self._rows.first_weight + row) for param, row in unread]
         if found:
             tensors, rows = map(list, zip(*found, strict=True))
