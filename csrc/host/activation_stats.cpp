@@ -20,8 +20,8 @@ namespace {
 
 using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // outer, channels, inner
 
-// Without sizes every tensor counts as a whole. Nothing if kernels cannot read one as it lies, or it
-// is on another device than the first.
+// Without sizes every tensor counts as a whole. Nothing if kernels cannot read one as it lies, or
+// it is on another device than the first.
 std::optional<std::vector<StatsTensor>> stats_tensors(
     const py::list& tensors, const std::optional<std::vector<Sizes>>& sizes,
     const std::vector<int32_t>& first_rows) {
