@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import datetime
-import json
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,48 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import fastremedy
 from fastremedy.nn import BatchNormReLU1d, BatchNormReLU2d, SyncBatchNormReLU
 
-BACKENDS = ("torch", "cpu")
+from .process_group import Checks, registry
+
 CHANNELS = 5
-CHECKS: dict[str, Callable[[int, int], None]] = {}
-
-
-def check(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """Register what every rank runs, with its number and theirs."""
-    CHECKS[function.__name__] = function
-    return function
-
-
-def run_rank(rank: int, world_size: int, folder: str) -> None:
-    """Run all checks on all backends; write what failed, by name, to ``failures.json``."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    failures = {}
-    for backend in BACKENDS:
-        if fastremedy.backends.reason_against(backend, "cpu") is not None:
-            continue
-        for name, function in CHECKS.items():
-            torch.manual_seed(0)
-            error = None
-            try:
-                with fastremedy.backends.use(backend):
-                    function(rank, world_size)
-            except Exception:
-                error = traceback.format_exc()
-            errors: list[str | None] = [None] * world_size
-            dist.all_gather_object(errors, error)
-            failures[f"{backend}-{name}"] = [e for e in errors if e is not None]
-    if rank == 0:
-        Path(folder, "failures.json").write_text(json.dumps(failures))
-    dist.destroy_process_group()
+CHECKS: Checks = {}
+check = registry(CHECKS)
 
 
 def share(tensor: Tensor, rank: int, sizes: list[int]) -> Tensor:

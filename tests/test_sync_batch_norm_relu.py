@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,34 +9,22 @@ from torch import nn
 import fastremedy
 from fastremedy.nn import BatchNormReLU2d, SyncBatchNormReLU
 
-from .conftest import ROOT
+from .process_group import BACKENDS, Failures, assert_none_failed, run_checks
 from .reference import assert_same_bits
-from .sync_batch_norm_checks import BACKENDS, CHECKS, run_rank
+from .sync_batch_norm_checks import CHECKS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
-Failures = dict[str, list[str]]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}_ranks".format)
-def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Failures:
-    """Run all checks in a group of processes: starting one costs seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)  # the ranks import this package
-        torch.multiprocessing.spawn(
-            run_rank, args=(request.param, str(folder)), nprocs=request.param
-        )
-    results: Failures = json.loads(Path(folder, "failures.json").read_text())
-    return results
+def failures(request: pytest.FixtureRequest) -> Failures:
+    return run_checks("tests.sync_batch_norm_checks", request.param)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("of_backend", BACKENDS)
 def test_ranks(failures: Failures, of_backend: str, name: str) -> None:
-    key = f"{of_backend}-{name}"
-    if key not in failures:
-        pytest.skip("the native library is missing")
-    assert not failures[key], "\n".join(failures[key])
+    assert_none_failed(failures, of_backend, name)
 
 
 def test_alone_it_is_a_plain_layer(backend: str, device: torch.device) -> None:
