@@ -15,6 +15,7 @@ update in float32; clipping by the norm of one rank's shards alone would make 2e
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -53,6 +54,9 @@ def run(options: argparse.Namespace) -> int:
         return demo.run_example(options, "adamw", compare)
     finally:
         dist.destroy_process_group()
+        # While Python shuts down, a thread of gloo that is still there may abort the process
+        # (pytorch#179291). Threads end with the group, and models in cycles hold it.
+        gc.collect()
 
 
 def compare(options: argparse.Namespace, device: torch.device, backend: str) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastremedy.stats import Statistics, Summary
@@ -144,18 +142,9 @@ def data_of_rank(rank: int) -> list[Tensor]:
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
     """Reduce the rank's own data; save what it holds afterwards."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
     results = []
     for histogram in (True, False):
         statistics = of(data_of_rank(rank), histogram=histogram)
         statistics.all_reduce()
         results.append(statistics)
     torch.save([buffers(statistics) for statistics in results], f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import os
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,17 +36,18 @@ def registry(checks: Checks) -> Callable[[Check], Check]:
     return check
 
 
-def run_checks(module: str, world_size: int) -> Failures:
-    """Run all checks of a module in one group of processes: starting it costs seconds."""
+def spawn(function: Callable[..., None], world_size: int, *args: object) -> None:
+    """Call ``function(rank, world_size, *args)`` in each process of a gloo group."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)  # the ranks import the module
-        torch.multiprocessing.spawn(run_rank, (world_size, folder, module), nprocs=world_size)
-        failures: Failures = json.loads(Path(folder, "failures.json").read_text())
-    return failures
+        patch.syspath_prepend(ROOT)  # the ranks import the module of the function
+        torch.multiprocessing.spawn(
+            in_group, (function, world_size, folder, args), nprocs=world_size
+        )
 
 
-def run_rank(rank: int, world_size: int, folder: str, module: str) -> None:
-    """Run all checks on all backends; write what failed, by name, to ``failures.json``."""
+def in_group(
+    rank: int, function: Callable[..., None], world_size: int, folder: str, args: Sequence[object]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -53,6 +56,25 @@ def run_rank(rank: int, world_size: int, folder: str, module: str) -> None:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
+    function(rank, world_size, *args)
+    dist.destroy_process_group()
+    # A thread of gloo that frees a Python object while the interpreter shuts down aborts the
+    # process (pytorch#179291): 1 of 4 exits after DistributedDataParallel. So do not shut it down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def run_checks(module: str, world_size: int) -> Failures:
+    """Run all checks of a module in one group of processes: starting it costs seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(run_rank, world_size, module, folder)
+        failures: Failures = json.loads(Path(folder, "failures.json").read_text())
+    return failures
+
+
+def run_rank(rank: int, world_size: int, module: str, folder: str) -> None:
+    """Run all checks on all backends; write what failed, by name, to ``failures.json``."""
     checks: Checks = importlib.import_module(module).CHECKS
     failures = {}
     for backend in BACKENDS:
@@ -71,7 +93,6 @@ def run_rank(rank: int, world_size: int, folder: str, module: str) -> None:
             failures[f"{backend}-{name}"] = [e for e in errors if e is not None]
     if rank == 0:
         Path(folder, "failures.json").write_text(json.dumps(failures))
-    dist.destroy_process_group()
 
 
 def assert_none_failed(failures: Failures, backend: str, name: str) -> None:

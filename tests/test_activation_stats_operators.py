@@ -26,7 +26,8 @@ from .activation_stats_reference import (
     run_rank,
     spare_interpreted,
 )
-from .conftest import HAS_GPU, ROOT
+from .conftest import HAS_GPU
+from .process_group import spawn
 from .reference import assert_same_bits
 
 OPS = torch.ops.fastremedy
@@ -206,10 +207,9 @@ def test_within_forward_and_backward(backend: str, device: torch.device) -> None
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
-def test_all_reduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_reduce(tmp_path: Path) -> None:
     """Ranks with unequal data hold the same bits afterwards: those of one pass over all of it."""
-    monkeypatch.syspath_prepend(ROOT)  # the ranks import this package
-    torch.multiprocessing.spawn(run_rank, args=(2, str(tmp_path)), nprocs=2)
+    spawn(run_rank, 2, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     rows = [torch.cat(parts) for parts in zip(*map(data_of_rank, range(2)), strict=True)]
     for first, second in zip(*ranks, strict=True):

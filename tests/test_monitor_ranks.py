@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from fastremedy.optim import AdamW
 from fastremedy.stats import Monitor, Report
 
-from .conftest import ROOT
+from .process_group import spawn
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs gloo")
 
@@ -47,14 +46,6 @@ def watch(inputs: list[Tensor], group: dist.ProcessGroup | None) -> Report:
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
     inputs = [batches(step, world_size)[rank] for step in range(STEPS)]
     report = watch(inputs, dist.group.WORLD)
 
@@ -74,19 +65,14 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     updates = monitor.report().parts["updates"].overall  # copies of the same parameters
     assert not optimizer.collect_stats
     torch.save((report, updates), Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}_ranks".format)
 def reports(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Report]:
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)  # the ranks import this package
-        torch.multiprocessing.spawn(
-            run_rank, args=(request.param, str(folder)), nprocs=request.param
-        )
+    folder = tmp_path_factory.mktemp("reports")
+    spawn(run_rank, request.param, str(folder))
     saved = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
     for _, updates in saved[1:]:
         for column, values in saved[0][1].items():
