@@ -10,8 +10,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from .ops import dispatch
+from .ops import dispatch, shards
 
 
 class Observer(Protocol):
@@ -64,7 +65,8 @@ def clip_(
 
     Raises:
         ValueError: ``max_norm`` is negative or NaN.
-        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set. Nothing is changed.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set, or a CUDA graph is
+            captured with it. Nothing is changed.
 
     Example:
         >>> import torch, fastremedy
@@ -82,7 +84,11 @@ def clip_(
     norm_type = float(norm_type)
     with torch.no_grad():
         if error_if_nonfinite:
-            norm = dispatch.clip_grad_norm_(tensors, math.inf, norm_type, from_grad=True)
+            if dispatch.is_capturing():
+                raise RuntimeError(
+                    "error_if_nonfinite=True reads the norm, which a CUDA graph cannot capture"
+                )
+            norm = _clip(tensors, math.inf, norm_type)
             if not norm.isfinite():
                 raise RuntimeError(
                     f"The total norm of order {norm_type} for gradients from "
@@ -91,10 +97,31 @@ def clip_(
                     "set `error_if_nonfinite=False`"
                 )
         if not observers or norm_type != 2.0:
-            return dispatch.clip_grad_norm_(tensors, max_norm, norm_type, from_grad=True)
+            return _clip(tensors, max_norm, norm_type)
         return _clip_observed(tensors, max_norm)
 
 
+def _clip(tensors: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return dispatch.clip_grad_norm_(tensors, max_norm, norm_type, from_grad=True)
+    if any(map(shards.is_dtensor, tensors)):
+        return _clip_uncompiled(tensors, max_norm, norm_type)
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    operators = torch.ops.fastremedy
+    norm: Tensor = (
+        operators.grad_norm(grads, norm_type)
+        if max_norm == math.inf
+        else operators.clip_grad_norm_(grads, max_norm, norm_type)
+    )
+    return norm
+
+
+@_disable_dynamo
+def _clip_uncompiled(tensors: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
+    return dispatch.clip_grad_norm_(tensors, max_norm, norm_type, from_grad=True)
+
+
+@_disable_dynamo
 def _clip_observed(tensors: list[Tensor], max_norm: float) -> Tensor:
     watching = list(observers)
     for observer in watching:
@@ -129,8 +156,7 @@ def grad_norm(parameters: Tensor | Iterable[Tensor], norm_type: float = 2.0) -> 
         tensor(5.)
     """
     with torch.no_grad():
-        tensors = _as_list(parameters)
-        return dispatch.clip_grad_norm_(tensors, math.inf, float(norm_type), from_grad=True)
+        return _clip(_as_list(parameters), math.inf, float(norm_type))
 
 
 def clip_value_(

@@ -124,6 +124,15 @@ def device(backend: str) -> torch.device:
     return torch.device("cuda" if HAS_GPU and backend in ("cuda", "triton") else "cpu")
 
 
+@pytest.fixture
+def gpu() -> torch.device:
+    """Return the device of a test that only a GPU can run."""
+    if not HAS_GPU:
+        missing = pytest.fail if os.environ.get("FASTREMEDY_REQUIRE_CUDA") else pytest.skip
+        missing("needs a GPU")
+    return torch.device("cuda")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from pathlib import Path
 
@@ -221,14 +220,11 @@ def test_all_reduce(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs_cuda
-def test_cuda_graph() -> None:
+def test_cuda_graph(gpu: torch.device) -> None:
     """No update waits for the device; a replay sees new values and the flag."""
-    if not HAS_GPU:
-        missing = pytest.fail if os.environ.get("FASTREMEDY_REQUIRE_CUDA") else pytest.skip
-        missing("needs a GPU")
-    x = torch.randn(64, 3, 50, device="cuda")
-    armed = torch.ones((), dtype=torch.int32, device="cuda")
-    captured, eager = Statistics(4, device="cuda"), Statistics(4, device="cuda")
+    x = torch.randn(64, 3, 50, device=gpu)
+    armed = torch.ones((), dtype=torch.int32, device=gpu)
+    captured, eager = Statistics(4, device=gpu), Statistics(4, device=gpu)
 
     def step(statistics: Statistics) -> None:
         statistics.update(x, per_channel=True, armed=armed)

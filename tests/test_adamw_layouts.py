@@ -202,3 +202,18 @@ def test_zero_dim_and_one_element(backend: str, device: torch.device) -> None:
     set_grads(params, of_step)
     params[2].grad = torch.ones(1, 1, 1, device=device).as_strided((1, 1, 1), (7, 3, 5))
     assert_matches_torch("AdamW", params, make_grads(params, 3), max_grad_norm=1.0)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_offloaded_to_the_cpu(gpu: torch.device, dtype: torch.dtype) -> None:
+    """Gradients that arrive from a GPU in pinned memory give what others give."""
+    values, grad = torch.randn(2, 50, 33).to(dtype)
+    params = [values.clone() for _ in range(2)]
+    pinned = torch.empty_like(grad, pin_memory=True)
+    pinned.copy_(grad.to(gpu), non_blocking=True)
+    torch.cuda.synchronize()
+    for param, of_param in zip(params, (grad, pinned), strict=True):
+        param.grad = of_param
+        fastremedy.optim.AdamW([param], lr=0.1, max_grad_norm=1.0).step()
+    assert_same_bits(*params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -321,14 +320,11 @@ def test_parameter_as_input(backend: str, device: torch.device) -> None:
 
 @pytest.mark.needs_cuda
 @RESIDUAL
-def test_cuda_graph(residual: bool) -> None:
+def test_cuda_graph(gpu: torch.device, residual: bool) -> None:
     """Statistics and counters move on with every replay."""
-    if not HAS_GPU:
-        missing = pytest.fail if os.environ.get("FASTREMEDY_REQUIRE_CUDA") else pytest.skip
-        missing("needs a GPU")
     module = BatchNormReLU1d(4, momentum=None).cuda()
     other = copy.deepcopy(module)
-    x, r = torch.randn(2, 3, 4, 5, device="cuda").unbind()
+    x, r = torch.randn(2, 3, 4, 5, device=gpu).unbind()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         module(x, r if residual else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -188,12 +187,9 @@ def test_tensor_subclass(backend: str, device: torch.device, form: str) -> None:
 
 @pytest.mark.needs_cuda
 @BOTH_FORMS
-def test_cuda_graph(form: str) -> None:
+def test_cuda_graph(gpu: torch.device, form: str) -> None:
     """Neither direction waits for the device; a replay sees new logits and labels."""
-    if not HAS_GPU:
-        missing = pytest.fail if os.environ.get("FASTREMEDY_REQUIRE_CUDA") else pytest.skip
-        missing("needs a GPU")
-    input, target = make_call(form, (64, 40), torch.device("cuda"))
+    input, target = make_call(form, (64, 40), gpu)
     leaf = input.requires_grad_()
 
     def step() -> tuple[Tensor, Tensor, Any]:

@@ -190,3 +190,18 @@ def test_state_dict_loads_both_ways() -> None:
     again, _ = scalers(torch.device("cpu"))
     again.load_state_dict(stock.state_dict())
     assert again.get_scale() == 512.0
+
+
+def test_schedule_that_asks_stays_with_the_steps(backend: str, device: torch.device) -> None:
+    params = make_params([(3,), (40,)], device=device)
+    optimizer = fastremedy.optim.AdamW(params, lr=0.1, nonfinite="skip")
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scaler, _ = scalers(device)
+    for factor in FACTORS:
+        backward(scaler, params, factor)
+        skipped = optimizer.num_skipped
+        scaler.step(optimizer)
+        scaler.update()
+        if optimizer.num_skipped == skipped:
+            schedule.step()
+    assert schedule.last_epoch == optimizer.state[params[0]]["step"] == 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,6 @@ import fastremedy
 from fastremedy.nn import BatchNormReLU1d
 from fastremedy.stats import Monitor
 
-from .conftest import HAS_GPU
 from .monitor_reference import (
     check_part,
     counts_of,
@@ -46,14 +44,6 @@ def counter() -> Iterator[Counter]:
     torch._dynamo.reset()
     yield Counter()
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def gpu() -> torch.device:
-    if not HAS_GPU:
-        missing = pytest.fail if os.environ.get("FASTREMEDY_REQUIRE_CUDA") else pytest.skip
-        missing("needs a GPU")
-    return torch.device("cuda")
 
 
 # --- torch.compile ---

@@ -306,7 +306,7 @@ def check_numbers(gamma: float, reduction: str, label_smoothing: float) -> None:
 
 def check_alpha(alpha: float) -> None:
     """Fail if a share of the positives is none."""
-    if alpha > 1 or math.isnan(alpha):
+    if not alpha <= 1:  # NaN included
         raise ValueError(f"alpha must be in [0, 1], or below 0 or None for none, got {alpha}")
 
 

@@ -66,6 +66,11 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph takes what the current stream is given."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def triton_kernels(stem: str) -> Any:
     """Import the Triton kernels of an operator; triton itself is loaded here and not earlier."""
     return importlib.import_module(f"fastremedy.triton_kernels.{stem}")

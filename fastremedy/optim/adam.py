@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops import shards
 from ..ops.adamw import Options
+from . import torch_step
 from .options import check_options, fold, on_device
 from .tables import Tables, raise_if_nonfinite
 from .update_stats import RawUpdateStats, UpdateStats, resolve, room_for_stats
 
-# Without the wrapper that torch puts around the step of every class it instantiates: ours has one.
-_STEP_OF_TORCH = inspect.unwrap(torch.optim.Adam.step, stop=lambda f: not hasattr(f, "hooked"))
+_NO_EXTRAS = (None, "propagate", None)  # max_grad_norm, nonfinite, low_precision
 
 
 class Adam(torch.optim.Adam):
@@ -68,12 +66,8 @@ class Adam(torch.optim.Adam):
     ) -> None:
         """See :class:`AdamW` for the arguments."""
         check_options(max_grad_norm, norm_type, nonfinite, low_precision, state_dtype)
-        if differentiable and (max_grad_norm, nonfinite, low_precision, state_dtype) != (
-            None,
-            "propagate",
-            None,
-            None,
-        ):
+        extras = (max_grad_norm, nonfinite, low_precision)
+        if differentiable and (extras != _NO_EXTRAS or state_dtype is not None):
             raise ValueError(
                 "differentiable=True runs torch's own update and cannot be combined with "
                 "max_grad_norm, nonfinite, low_precision or state_dtype"
@@ -130,7 +124,13 @@ class Adam(torch.optim.Adam):
     def num_skipped(self) -> int:
         """Number of steps left out so far; reading it waits for the device.
 
-        On several devices every step is counted once.
+        On several devices every step is counted once. A schedule that must not advance with a step
+        that was skipped asks for it::
+
+            skipped = optimizer.num_skipped
+            optimizer.step()
+            if optimizer.num_skipped == skipped:
+                schedule.step()
         """
         return max((int(count.item()) for count in self._num_skipped.values()), default=0)
 
@@ -207,6 +207,7 @@ class Adam(torch.optim.Adam):
 
     # --- the step ---
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient.
 
@@ -222,9 +223,12 @@ class Adam(torch.optim.Adam):
                 Whatever is raised, nothing was changed.
         """
         if self.defaults["differentiable"]:
-            return _STEP_OF_TORCH(self, closure)
-        if not self._tables.are_built and self._wraps_tensors():
-            return self._step_of_torch(closure)
+            return torch_step.step(self, closure)
+        if not self._tables.are_built and torch_step.is_needed(self.param_groups):
+            if (self.max_grad_norm, self.nonfinite, self.low_precision) != _NO_EXTRAS:
+                raise RuntimeError(torch_step.REFUSAL)
+            warnings.warn(torch_step.WARNING, stacklevel=5)  # the caller, past torch's wrappers
+            return torch_step.step(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -232,25 +236,6 @@ class Adam(torch.optim.Adam):
         with torch.no_grad():
             self._update()
         return loss
-
-    def _wraps_tensors(self) -> bool:
-        return any(
-            is_traceable_wrapper_subclass(param) and not shards.is_dtensor(param)
-            for group in self.param_groups
-            for param in group["params"]
-        )
-
-    def _step_of_torch(self, closure: Callable[[], Any] | None) -> Any:
-        if (self.max_grad_norm, self.nonfinite, self.low_precision) != (None, "propagate", None):
-            raise RuntimeError(
-                "parameters that wrap other tensors, unless as DTensor, run torch's own update, "
-                "which has no max_grad_norm, nonfinite or low_precision"
-            )
-        warnings.warn(
-            "fastremedy: parameters that wrap other tensors run torch's own update",
-            stacklevel=3,
-        )
-        return _STEP_OF_TORCH(self, closure)
 
     def _update(self) -> None:
         tables = self._tables.gather(self.param_groups, self.state)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..ops import shards
-from ..ops.dispatch import KERNEL_DTYPES
+from ..ops.dispatch import KERNEL_DTYPES, is_capturing
 from ..ops.table import Group, Table, make_table
 from .rows import LocalRows, aligned_grad, fits, init_state, make_rows, raise_misfit
 
@@ -39,7 +39,7 @@ class Tables:
         """Return tables that have read the gradients; create the state of new parameters.
 
         Raises:
-            RuntimeError: a gradient is sparse, or there is state to create during a graph capture.
+            RuntimeError: a gradient is sparse, or a CUDA graph that cannot hold the step is captured.
             ValueError: a parameter or gradient does not fit; the message names it.
         """
         for _ in range(2):
@@ -68,7 +68,12 @@ class Tables:
                 memory = shards.local(shards.placed_as(grad, owner))
                 table.set_grad(row, aligned_grad(memory, rows.columns.params[row]))
             rows.grads[row] = memory
-        if rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
+            if rows.device.type != "cuda":
+                raise RuntimeError(
+                    f"parameters are on the {rows.device.type.upper()}, where a CUDA graph replays "
+                    "nothing: step them outside the capture"
+                )
             self._captured.append(table)
         return True
 
@@ -85,10 +90,9 @@ class Tables:
                         raise_misfit(param, param.grad, name_of(param, param_groups))
                     if not state.get(param):
                         fresh.setdefault(param.device, []).append((param, group["amsgrad"]))
-        on_cuda = any(device.type == "cuda" for device in chosen)
-        if on_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             raise RuntimeError(
-                "the optimizer has state to create, which a CUDA graph cannot capture: run "
+                "the optimizer has memory to set up, which a CUDA graph cannot capture: run "
                 "at least one step with all gradients before the capture"
             )
         for params in fresh.values():
@@ -145,8 +149,12 @@ def raise_if_nonfinite(norm: Tensor, param_groups: list[Group]) -> None:
     """Name the first gradient that is to blame for a norm, which all ranks have.
 
     Raises:
-        RuntimeError: the norm is NaN or infinite because a gradient is.
+        RuntimeError: the norm is NaN or infinite because a gradient is, or it cannot be read now.
     """
+    if is_capturing():
+        raise RuntimeError(
+            "nonfinite='error' reads the norm, which a CUDA graph cannot capture: use 'skip'"
+        )
     if bool(norm.isfinite()):
         return
     is_sharded = False

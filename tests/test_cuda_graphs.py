@@ -1,0 +1,224 @@
+"""CUDA graphs: replays of clipping, optimizer and modules equal eager steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastremedy
+
+from .reference import assert_same_bits
+
+SHAPES = ((64, 33), (7,), (0,), (4096,))
+SCALES = (1.0, 1e-3, torch.inf, 5.0, torch.nan, 0.1)  # of the gradients of a step
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request: pytest.FixtureRequest, gpu: torch.device) -> Iterator[str]:
+    with fastremedy.backends.use(request.param):
+        yield request.param
+
+
+def capture(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Run a step, as graphs need it, and capture another; neither may wait for the device."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return graph
+
+
+class Training:
+    """An optimizer with gradients at fixed addresses and a learning rate on the device."""
+
+    def __init__(self, gpu: torch.device, dtype: torch.dtype, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.params = [torch.randn(shape, device=gpu).to(dtype) for shape in SHAPES]
+        for param in self.params:
+            param.grad = torch.randn_like(param)
+        self.lr = torch.tensor(1e-2, device=gpu)
+        self.optimizer = fastremedy.optim.AdamW(self.params, self.lr, **options)
+
+    def prepare(self, number: int) -> None:
+        """Write the gradients and the learning rate of a step."""
+        generator = torch.Generator("cuda").manual_seed(number)
+        for param in self.params:
+            assert param.grad is not None
+            param.grad.normal_(generator=generator).mul_(SCALES[number])
+        self.lr.fill_(1e-2 / (1 + number))
+
+    def state(self) -> list[Tensor]:
+        """Return parameters and state; the steps of an optimizer are tensors, too."""
+        return [*self.params, *(t for p in self.params for t in self.optimizer.state[p].values())]
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"max_grad_norm": 1.0, "nonfinite": "skip"}),
+        (torch.float32, {"amsgrad": True}),
+        (torch.bfloat16, {"low_precision": "stochastic", "nonfinite": "skip"}),
+        (torch.bfloat16, {"low_precision": "master", "max_grad_norm": 0.1}),
+    ],
+)
+def test_replayed_steps_equal_eager_ones(
+    gpu: torch.device, gpu_backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    eager, graphed = (Training(gpu, dtype, **options) for _ in range(2))
+    if dtype is torch.bfloat16:
+        for training in (eager, graphed):
+            training.optimizer.param_groups[0]["noise_seed"] = 1
+    eager.optimizer.step()  # the warm-up
+    graph = capture(graphed.optimizer.step)
+    for number in range(len(SCALES)):
+        for training in (eager, graphed):
+            training.prepare(number)
+        eager.optimizer.step()
+        graph.replay()
+        for actual, expected in zip(graphed.state(), eager.state(), strict=True):
+            assert_same_bits(actual, expected)
+    assert graphed.optimizer.num_skipped == eager.optimizer.num_skipped
+    assert eager.optimizer.num_skipped == (2 if options.get("nonfinite") == "skip" else 0)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("norm_type", [2.0, torch.inf, 3.0])
+def test_replayed_clipping(gpu: torch.device, gpu_backend: str, norm_type: float) -> None:
+    training = Training(gpu, torch.float32)
+    norms = []
+
+    def clip() -> None:
+        norms.append(fastremedy.clip_(training.params, 1.0, norm_type))
+
+    graph = capture(clip)
+    for number in range(len(SCALES)):
+        training.prepare(number)
+        twins = [torch.zeros_like(param) for param in training.params]
+        for twin, param in zip(twins, training.params, strict=True):
+            assert param.grad is not None
+            twin.grad = param.grad.clone()
+        graph.replay()
+        assert_same_bits(norms[-1], fastremedy.clip_(twins, 1.0, norm_type))
+        for twin, param in zip(twins, training.params, strict=True):
+            assert param.grad is not None
+            assert twin.grad is not None
+            assert_same_bits(param.grad, twin.grad)
+
+
+@pytest.mark.needs_cuda
+def test_replayed_scaler(gpu: torch.device, gpu_backend: str) -> None:
+    """The scale is halved and the step skipped by the replay whose gradients are infinite."""
+    training = Training(gpu, torch.float32, max_grad_norm=1.0)
+    scaler = fastremedy.amp.GradScaler("cuda", init_scale=8.0)
+    scaler.scale(torch.ones((), device=gpu))  # makes the scale's tensor
+
+    def step() -> None:
+        scaler.step(training.optimizer)
+        scaler.update()
+
+    graph = capture(step)
+    for number, scale in enumerate(SCALES[:3]):
+        before = [param.clone() for param in training.params]
+        training.prepare(number)
+        graph.replay()
+        is_skipped = scale == torch.inf
+        assert scaler.get_scale() == (4.0 if is_skipped else 8.0)
+        assert torch.equal(training.params[0], before[0]) == is_skipped
+    assert training.optimizer.num_skipped == 1
+
+
+@pytest.mark.needs_cuda
+def test_graphed_callables(gpu: torch.device, gpu_backend: str) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        fastremedy.nn.BatchNormReLU2d(8),
+        nn.Flatten(),
+        nn.Linear(8 * 6 * 6, 5),
+    ).to(gpu)
+    eager = copy.deepcopy(module)
+    sample = torch.randn(4, 3, 8, 8, device=gpu)
+    graphed = torch.cuda.make_graphed_callables(module, (sample,))
+    criterion = fastremedy.nn.FocalLoss()
+    labels = torch.arange(4, device=gpu)
+    for _ in range(3):
+        images = torch.randn_like(sample)
+        losses = [criterion(run(images), labels) for run in (graphed, eager)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses)
+    for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+
+
+# --- what is refused ---
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make torch say that a CUDA graph is being captured."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def weight_with_grad() -> Tensor:
+    weight = torch.zeros(3)
+    weight.grad = torch.full((3,), 2.0)
+    return weight
+
+
+def test_clip_that_raises_is_refused(capturing: None) -> None:
+    weight = weight_with_grad()
+    with pytest.raises(RuntimeError, match="error_if_nonfinite=True reads the norm, which a CUDA"):
+        fastremedy.clip_(weight, 1.0, error_if_nonfinite=True)
+    assert weight.grad.tolist() == [2.0] * 3
+
+
+def test_parameters_on_the_cpu_are_refused(request: pytest.FixtureRequest) -> None:
+    weight = weight_with_grad()
+    optimizer = fastremedy.optim.AdamW([weight])
+    optimizer.step()
+    before = weight.clone()
+    request.getfixturevalue("capturing")
+    with pytest.raises(RuntimeError, match="on the CPU, where a CUDA graph replays nothing"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    assert optimizer.state[weight]["step"] == 1
+
+
+@pytest.mark.needs_cuda
+def test_first_step_is_refused(gpu: torch.device, gpu_backend: str) -> None:
+    training = Training(gpu, torch.float32)
+    before = [param.clone() for param in training.params]
+    with (
+        pytest.raises(RuntimeError, match="run at least one step with all gradients before"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        training.optimizer.step()
+    for param, value in zip(training.params, before, strict=True):
+        assert torch.equal(param, value)
+    training.optimizer.step()  # works again
+
+
+@pytest.mark.needs_cuda
+def test_step_that_raises_is_refused(gpu: torch.device, gpu_backend: str) -> None:
+    training = Training(gpu, torch.float32, nonfinite="error")
+    training.optimizer.step()
+    with (
+        pytest.raises(RuntimeError, match="nonfinite='error' reads the norm, which a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        training.optimizer.step()
