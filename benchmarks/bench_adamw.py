@@ -35,6 +35,16 @@ def bench_step_with_many_groups(device: torch.device, compare: Callable[..., Non
     compare("adamw", case, candidates, device, note="465 groups of 2 tensors")
 
 
+@pytest.mark.parametrize("case", bench.OFFLOADED_CASES, ids=str)
+def bench_offloaded_step(case: bench.Case, compare: Callable[..., None]) -> None:
+    cpu = torch.device("cpu")
+    params = case.params(cpu)
+    prepare = bench.arrival(params)
+    candidates = bench.adamw_candidates(params, case)
+    note = "CPU offload: gradients arrive before every step"
+    compare("adamw", case, candidates, cpu, prepare=prepare, note=note)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.compile has deprecation warnings of its own
 def bench_step_against_compiled(device: torch.device, compare: Callable[..., None]) -> None:
     case = bench.COMPILED_CASE

@@ -88,6 +88,10 @@ CUDA_CASES = (
 )
 COMPILED_CASE = Case(100, 262144, rounds=20)  # a thousand tensors compile for minutes
 BACKWARD_CASE = Case(1000, 64, rounds=100)
+OFFLOADED_CASES = (
+    Case(100, 262144, rounds=20),
+    Case(100, 262144, rounds=20, dtype=torch.bfloat16),
+)
 GROUPED_CASE = Case(930, 64, rounds=100, num_groups=465)
 
 
@@ -216,6 +220,24 @@ def refill(params: list[nn.Parameter]) -> Callable[[], None]:
     grads = [param.grad for param in params if param.grad is not None]
     values = [grad.clone() for grad in grads]
     return lambda: torch._foreach_copy_(grads, values)
+
+
+def arrival(params: list[nn.Parameter]) -> Callable[[], None]:
+    """Return a function that copies gradients to the CPU: from a GPU, if there is one."""
+    values = [param.grad for param in params if param.grad is not None]
+    if not torch.cuda.is_available():
+        return refill(params)
+    for param, value in zip(params, values, strict=True):
+        param.grad = value.pin_memory()
+    values = [value.cuda() for value in values]
+
+    def run() -> None:
+        for param, value in zip(params, values, strict=True):
+            assert param.grad is not None
+            param.grad.copy_(value, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return run
 
 
 def backward(params: list[nn.Parameter]) -> Callable[[], None]:
