@@ -39,7 +39,7 @@ class Tables:
         """Return tables that have read the gradients; create the state of new parameters.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a CUDA graph that cannot hold the step is captured.
+            RuntimeError: a gradient is sparse, or a CUDA graph cannot capture the step.
             ValueError: a parameter or gradient does not fit; the message names it.
         """
         for _ in range(2):
