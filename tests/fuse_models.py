@@ -88,6 +88,26 @@ class Bottleneck(nn.Module):
         return out
 
 
+class BasicBlockWithIdentities(BasicBlock):
+    """Places for dropout, stochastic depth and anti-aliasing that nobody has filled."""
+
+    def __init__(self, inputs: int, planes: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__(inputs, planes, stride, downsample)
+        self.drop_block = nn.Identity()
+        self.drop_path = nn.Identity()
+        self.anti_aliasing = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.drop_block(self.bn1(self.conv1(x)))
+        x = self.anti_aliasing(self.relu(x))
+        x = self.drop_path(self.anti_aliasing(self.bn2(self.conv2(x))))
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.relu(self.anti_aliasing(x))
+
+
 class ResNet(nn.Module):
     def __init__(self, block: type[BasicBlock] | type[Bottleneck]) -> None:
         super().__init__()

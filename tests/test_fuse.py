@@ -21,6 +21,7 @@ from .reference import assert_same_bits
 
 WHOLE_MODELS = [
     models.ResNet(models.BasicBlock),
+    models.ResNet(models.BasicBlockWithIdentities),
     models.ResNet(models.Bottleneck),
     models.VGG(),
     models.DenseNet(),

@@ -90,6 +90,28 @@ def test_changed_model_runs_unfused(
     assert_alike(fused, stock)
 
 
+def fill_a_place(block: Any) -> None:
+    block.drop_block = nn.Hardtanh()
+
+
+def add_hook_to_identity(block: Any) -> None:
+    block.drop_path.register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [fill_a_place, add_hook_to_identity])
+def test_changed_identity_runs_unfused(
+    change: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = models.BasicBlockWithIdentities(3, 3, 1, None).double()
+    block = copy.deepcopy(stock)
+    assert fuse_(block).left == []
+    change(block)
+    change(stock)
+    calls = counts_calls(monkeypatch)
+    assert_alike(block, stock)
+    assert calls == []
+
+
 def test_conversion_by_us_runs_unfused(fused: nn.Module, stock: nn.Module) -> None:
     SyncBatchNormReLU.convert_sync_batchnorm(fused)
     assert_alike(fused, stock)

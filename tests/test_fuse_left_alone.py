@@ -254,6 +254,9 @@ def test_modules_with_hooks_are_left_alone(hook: Callable[[nn.Module], Any]) -> 
     hook(on_activation[1])
     assert only_reason(on_norm) == "it has hooks"
     assert only_reason(on_activation) == "followed by ReLU with hooks"
+    on_identity = nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), nn.ReLU())
+    hook(on_identity[1])
+    assert only_reason(on_identity) == "followed by Identity"
 
 
 def test_a_batch_norm_by_itself_is_left_alone() -> None:

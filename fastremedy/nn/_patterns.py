@@ -45,14 +45,24 @@ _SUMS_IN_PLACE = {operator.iadd, "add_"}
 class Fusion:
     """Nodes of a graph that become one call of a BatchNorm."""
 
-    norm: fx.Node
+    chain: tuple[
+        fx.Node, ...
+    ]  # from the BatchNorm to the activation, each the only user of the last
     sum: fx.Node | None
-    activate: fx.Node
     activation: str
     negative_slope: float
 
     def __str__(self) -> str:
         return f"bn{' + residual' if self.sum else ''} + {self.activation}"
+
+    @property
+    def norm(self) -> fx.Node:
+        return self.chain[0]
+
+    @property
+    def passed(self) -> tuple[fx.Node, ...]:
+        """Return the nodes of modules that are not called any more."""
+        return tuple(node for node in self.chain[1:] if node is not self.sum)
 
 
 def find_fusion(owner: nn.Module, calls: list[fx.Node]) -> Fusion | str:
@@ -66,41 +76,58 @@ def find_fusion(owner: nn.Module, calls: list[fx.Node]) -> Fusion | str:
         return "called more than once"
     if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], fx.Node):
         return "called with other arguments than one tensor"
-    following = _only_user(norm)
+    chain = [norm]
+    following = _follow(owner, chain)
     if isinstance(following, str):
         return following
     if following.op == "call_module" or following.target not in _SUMS | _SUMS_IN_PLACE:
         activation = _activation(owner, following)
         if isinstance(activation, str):
             return f"followed by {activation}"
-        return Fusion(norm, None, following, *activation)
-    reason = _no_residual(owner, norm, following)
+        return Fusion((*chain, following), None, *activation)
+    reason = _no_residual(owner, chain, following)
     if reason:
         return reason
-    last = _only_user(following)
+    chain.append(following)
+    last = _follow(owner, chain)
     if isinstance(last, str):
         return f"followed by a sum, {last}"
     activation = _activation(owner, last)
     if isinstance(activation, str):
         return f"followed by a sum, followed by {activation}"
-    return Fusion(norm, following, last, *activation)
+    return Fusion((*chain, last), following, *activation)
 
 
 def fuse_in_graph(graph: fx.Graph, fusion: Fusion) -> None:
-    """Replace the nodes of ``fusion`` by one call, at the place of the first after the BatchNorm.
+    """Replace the nodes of ``fusion`` by one call, at the place of the sum or the BatchNorm.
 
     Nothing but the activation reads what the BatchNorm and the sum give, so that the result may be
     there early.
     """
     # Earlier fusions may have changed the arguments of these nodes.
     summands = fusion.sum.args if fusion.sum else ()
-    inputs = (*fusion.norm.args, *(node for node in summands if node is not fusion.norm))
+    inputs = (*fusion.norm.args, *(node for node in summands if node not in fusion.chain))
     with graph.inserting_before(fusion.sum or fusion.norm):
         call = graph.call_module(str(fusion.norm.target), inputs, {"fused": True})
-    fusion.activate.replace_all_uses_with(call)
-    for node in (fusion.activate, fusion.sum, fusion.norm):
-        if node is not None:
-            graph.erase_node(node)
+    fusion.chain[-1].replace_all_uses_with(call)
+    for node in reversed(fusion.chain):
+        graph.erase_node(node)
+
+
+def _follow(owner: nn.Module, chain: list[fx.Node]) -> fx.Node | str:
+    """Return the only user of the last node; each ``nn.Identity`` before it joins the chain."""
+    following = _only_user(chain[-1])
+    while isinstance(following, fx.Node) and _is_identity(owner, following):
+        chain.append(following)
+        following = _only_user(following)
+    return following
+
+
+def _is_identity(owner: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    module = owner.get_submodule(str(node.target))
+    return type(module) is nn.Identity and not has_hooks(module)
 
 
 def _only_user(node: fx.Node) -> fx.Node | str:
@@ -112,17 +139,18 @@ def _only_user(node: fx.Node) -> fx.Node | str:
     return users[0]
 
 
-def _no_residual(owner: nn.Module, norm: fx.Node, sum_: fx.Node) -> str:
+def _no_residual(owner: nn.Module, chain: list[fx.Node], sum_: fx.Node) -> str:
     """Return why what is added to the BatchNorm is no residual; nothing if it is one."""
     if len(sum_.args) != 2 or sum_.kwargs:
         return "followed by a sum with options"
+    norm, value = chain[0], chain[-1]
     first, second = sum_.args
-    residual = second if first is norm else first
-    if residual is norm:
+    residual = second if first is value else first
+    if residual is value:
         return "followed by a sum with itself"
     if not isinstance(residual, fx.Node) or not _is_tensor(residual):
         return "followed by a sum with what may not be a tensor"
-    if sum_.target in _SUMS_IN_PLACE and first is not norm:
+    if sum_.target in _SUMS_IN_PLACE and first is not value:
         return "added to another tensor in place"
     # The BatchNorm moves to the sum: its input has to be the same there.
     between = norm.next

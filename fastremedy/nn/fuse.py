@@ -53,14 +53,16 @@ def fuse_(model: nn.Module) -> FuseReport:
 
     Found are ``activation(bn(x))`` and ``activation(bn(x) + residual)``, in ``nn.Sequential`` and
     in every forward that :mod:`torch.fx` can trace, where the activation is ReLU, LeakyReLU,
-    ELU(alpha=1) or SiLU, as a module, function or method. Modules, parameters, buffers, hooks,
+    ELU(alpha=1) or SiLU, as a module, function or method; ``nn.Identity`` may be anywhere between,
+    as dropout that is switched off often is. Modules, parameters, buffers, hooks,
     names and the state dict are the very same as before; only the classes of the fused BatchNorms
     become subclasses of what they were. Calling it again looks at the whole model anew.
 
     Equivalent to: the model as it was, up to rounding.
 
     Differs in:
-        - The BatchNorm adds the residual and activates; the activation module is not called.
+        - The BatchNorm adds the residual and activates; modules of the activation and of
+          identities are not called.
         - The original forward runs, unfused, where an argument is not a tensor, and if hooks are
           added to a fused BatchNorm or its activation, or modules or attributes are changed later.
         - Other traced values are taken as they are now, as :mod:`torch.fx` does: global variables,
@@ -254,14 +256,15 @@ class _FusedForward:
     def __init__(self, module: nn.Module, graph: fx.Graph, fusions: list[Fusion]) -> None:
         self.module = module
         self.norms = [module.get_submodule(path) for path in _paths(f.norm for f in fusions)]
-        activations = [module.get_submodule(path) for path in _paths(f.activate for f in fusions)]
+        passed = _paths(node for f in fusions for node in f.passed)
+        uncalled = [module.get_submodule(path) for path in passed]
         steps = [step for path in _paths(graph.nodes) for step in _steps(module, path)]
         # The forward may have read anything of the modules that it went through.
         readers = list(dict.fromkeys([module, *(parent for parent, _, _ in steps)]))
-        self.watched = [*self.norms, *activations]
+        self.watched = [*self.norms, *uncalled]
         self.attributes = [
             *((m, k, v) for m, k, v in steps if any(v is x for x in (*readers, *self.watched))),
-            *(attribute for m in (*readers, *activations) for attribute in _attributes(m)),
+            *(attribute for m in (*readers, *uncalled) for attribute in _attributes(m)),
         ]
         self.children = [(reader, _children(reader)) for reader in readers]
         for fusion in fusions:
