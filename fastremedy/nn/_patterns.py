@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ _FUNCTIONS: dict[Target, str] = {
     F.elu_: "elu",
     F.silu: "silu",
 }
+NO_ACTIVATION = "followed by nothing"
 _SUMS = {operator.add, torch.add, "add"}
 _SUMS_IN_PLACE = {operator.iadd, "add_"}
 
@@ -135,7 +137,7 @@ def _only_user(node: fx.Node) -> fx.Node | str:
     if len(users) > 1:
         return "its output is used more than once"
     if not users or users[0].op == "output":
-        return "followed by nothing"
+        return NO_ACTIVATION
     return users[0]
 
 
@@ -186,18 +188,47 @@ def _may_write(owner: nn.Module, node: fx.Node) -> bool:
 def _activation(owner: nn.Module, node: fx.Node) -> tuple[str, float] | str:
     """Return activation and negative slope that ``node`` stands for, or why it is none of ours."""
     if node.op == "call_module":
-        module = owner.get_submodule(str(node.target))
-        name = _MODULES.get(type(module), "")
-        if not name:
-            return type(module).__name__
-        if has_hooks(module):
-            return f"{type(module).__name__} with hooks"
-        options = {key: getattr(module, key) for key in _PARAMETERS[name]}
-    else:
-        name = _FUNCTIONS.get(node.target, "")
-        if not name:
-            return str(getattr(node.target, "__name__", node.target))
-        options = {**dict(zip(_PARAMETERS[name], node.args[1:], strict=False)), **node.kwargs}
+        return activation_of(owner.get_submodule(str(node.target)))
+    name = _FUNCTIONS.get(node.target, "")
+    if not name:
+        return str(getattr(node.target, "__name__", node.target))
+    given = dict(zip(_PARAMETERS[name], node.args[1:], strict=False))
+    return _checked(name, {**given, **node.kwargs})
+
+
+def activation_of(module: nn.Module) -> tuple[str, float] | str:
+    """Return activation and negative slope of a module, or why it is none of ours."""
+    name = _MODULES.get(type(module), "")
+    if not name:
+        return type(module).__name__
+    if has_hooks(module):
+        return f"{type(module).__name__} with hooks"
+    return _checked(name, {key: getattr(module, key) for key in _PARAMETERS[name]})
+
+
+def is_norm_act(norm: nn.Module) -> bool:
+    """Whether this is timm's BatchNorm with activation, known by name: nothing imports timm."""
+    cls = type(norm)
+    return cls.__name__ == "BatchNormAct2d" and cls.__module__ in (
+        "timm.layers.norm_act",
+        "timm.models.layers.norm_act",
+    )
+
+
+def own_activation(norm: nn.Module) -> tuple[str, float] | str:
+    """Return activation and negative slope of timm's BatchNorm, or why they are none of ours."""
+    drop, act = norm.get_submodule("drop"), norm.get_submodule("act")
+    if "forward" in vars(norm):
+        return "it has a forward of its own"
+    if type(drop) is not nn.Identity or has_hooks(drop):
+        return f"followed by {type(drop).__name__}"
+    if type(act) is nn.Identity:
+        return NO_ACTIVATION
+    activation = activation_of(act)
+    return f"followed by {activation}" if isinstance(activation, str) else activation
+
+
+def _checked(name: str, options: dict[str, Any]) -> tuple[str, float] | str:
     if options.get("alpha", 1) != 1:
         return "ELU with alpha != 1"
     negative_slope = options.get("negative_slope", 0.01)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..functional.batch_norm_relu import BatchNormStats, RawStats, batch_norm_relu_with_stats
 from ..ops.batch_norm_relu import check_activation
+from ._patterns import NO_ACTIVATION, is_norm_act, own_activation
 
 
 class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
@@ -261,7 +262,8 @@ class SyncBatchNormReLU(_BatchNormReLU):
         """Replace every batch normalisation in ``module`` by a synchronised one.
 
         Parameters and buffers are shared, activations kept; a plain ``torch.nn.BatchNorm*d`` gets
-        ``activation="identity"``. Call :func:`fastremedy.nn.fuse_` afterwards, not before.
+        ``activation="identity"``, and timm's ``BatchNormAct2d`` the activation that it has inside.
+        Call :func:`fastremedy.nn.fuse_` afterwards, not before.
 
         Args:
             module: changed in place, or replaced if it is a batch normalisation itself.
@@ -269,6 +271,9 @@ class SyncBatchNormReLU(_BatchNormReLU):
 
         Returns:
             The module.
+
+        Raises:
+            ValueError: a ``BatchNormAct2d`` has an activation that this class has not.
         """
         converted: nn.Module = module
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -284,6 +289,14 @@ class SyncBatchNormReLU(_BatchNormReLU):
         activation, negative_slope = "identity", 0.01
         if isinstance(module, _BatchNormReLU) and not module._is_fused:
             activation, negative_slope = module.activation, module.negative_slope
+        elif is_norm_act(module):
+            found = own_activation(module)
+            if isinstance(found, str) and found != NO_ACTIVATION:
+                raise ValueError(
+                    f"expected an activation of SyncBatchNormReLU, got {type(module).__name__} "
+                    f"{found}: convert the model by timm.layers.convert_sync_batchnorm"
+                )
+            activation, negative_slope = found if isinstance(found, tuple) else ("identity", 0.01)
         converted = cls(
             module.num_features,
             module.eps,

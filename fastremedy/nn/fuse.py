@@ -13,20 +13,27 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CodeType, FunctionType
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._patterns import Fusion, find_fusion, fuse_in_graph, has_hooks
-from ._tracing import NotTraceable, trace
-from .batch_norm_relu import (
-    BatchNormReLU1d,
-    BatchNormReLU2d,
-    BatchNormReLU3d,
-    SyncBatchNormReLU,
-    _BatchNormReLU,
+from ._fused_norms import (
+    FusedBatchNorm,
+    become_fused,
+    become_unfused,
+    unfit,
 )
+from ._patterns import (
+    Fusion,
+    find_fusion,
+    fuse_in_graph,
+    has_hooks,
+    is_norm_act,
+    own_activation,
+)
+from ._tracing import NotTraceable, trace
+from .batch_norm_relu import _BatchNormReLU
 
 
 @dataclass
@@ -54,9 +61,10 @@ def fuse_(model: nn.Module) -> FuseReport:
     Found are ``activation(bn(x))`` and ``activation(bn(x) + residual)``, in ``nn.Sequential`` and
     in every forward that :mod:`torch.fx` can trace, where the activation is ReLU, LeakyReLU,
     ELU(alpha=1) or SiLU, as a module, function or method; ``nn.Identity`` may be anywhere between,
-    as dropout that is switched off often is. Modules, parameters, buffers, hooks,
-    names and the state dict are the very same as before; only the classes of the fused BatchNorms
-    become subclasses of what they were. Calling it again looks at the whole model anew.
+    as dropout that is switched off often is. timm's ``BatchNormAct2d``, which has its activation
+    inside, is fused with that. Modules, parameters, buffers, hooks, names and the state dict are
+    the very same as before; only the classes of the fused BatchNorms become subclasses of what they
+    were. Calling it again looks at the whole model anew.
 
     Equivalent to: the model as it was, up to rounding.
 
@@ -96,7 +104,7 @@ def fuse_(model: nn.Module) -> FuseReport:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and not _activates_itself(module)
     }
-    reasons = {module: _unfit(module) for module in names}
+    reasons = {module: unfit(module) for module in names}
     fit = {module for module, reason in reasons.items() if not reason}
     fusions: dict[nn.Module, Fusion] = {}
     for owner in list(model.modules()):
@@ -119,14 +127,22 @@ def fuse_(model: nn.Module) -> FuseReport:
                 found.append(fusion)
         if found:
             vars(owner)["forward"] = _FusedForward(owner, graph, found)
+    fused = {norm: str(fusion) for norm, fusion in fusions.items()}
     for norm, fusion in fusions.items():
-        _become_fused(norm, fusion)
+        become_fused(norm, fusion.activation, fusion.negative_slope)
+    for norm in filter(is_norm_act, names):
+        activation = own_activation(norm)
+        if isinstance(activation, str):
+            reasons[norm] = activation
+        else:
+            become_fused(norm, *activation)
+            fused[norm] = f"bn + {activation[0]}"
     return FuseReport(
-        [(name, str(fusions[norm])) for norm, name in names.items() if norm in fusions],
+        [(name, fused[norm]) for norm, name in names.items() if norm in fused],
         [
             (name, reasons[norm] or "no traced forward calls it")
             for norm, name in names.items()
-            if norm not in fusions
+            if norm not in fused
         ],
     )
 
@@ -152,83 +168,17 @@ def unfuse_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), _FusedForward):
             del vars(module)["forward"]
-        if isinstance(module, _FusedBatchNorm):
-            _become_unfused(module)
+        if isinstance(module, FusedBatchNorm):
+            become_unfused(module)
     return model
-
-
-class _FusedBatchNorm(_BatchNormReLU):
-    """A plain BatchNorm, but for the forward that was rewritten to call it with ``fused=True``."""
-
-    by_torch: ClassVar[type[_BatchNorm]]
-    _is_fused = True
-
-    def forward(self, input: Tensor, residual: Tensor | None = None, fused: bool = False) -> Tensor:
-        if fused:
-            return super().forward(input, residual)
-        return self.by_torch.forward(self, input)
-
-
-class _FusedBatchNorm1d(_FusedBatchNorm, BatchNormReLU1d):
-    by_torch = nn.BatchNorm1d
-
-
-class _FusedBatchNorm2d(_FusedBatchNorm, BatchNormReLU2d):
-    by_torch = nn.BatchNorm2d
-
-
-class _FusedBatchNorm3d(_FusedBatchNorm, BatchNormReLU3d):
-    by_torch = nn.BatchNorm3d
-
-
-class _FusedSyncBatchNorm(_FusedBatchNorm, SyncBatchNormReLU):
-    by_torch = nn.SyncBatchNorm
-
-
-# What can become fused: torch's classes, and ours without activation.
-_FUSED: dict[type[nn.Module], type[_FusedBatchNorm]] = {
-    nn.BatchNorm1d: _FusedBatchNorm1d,
-    nn.BatchNorm2d: _FusedBatchNorm2d,
-    nn.BatchNorm3d: _FusedBatchNorm3d,
-    nn.SyncBatchNorm: _FusedSyncBatchNorm,
-    BatchNormReLU1d: _FusedBatchNorm1d,
-    BatchNormReLU2d: _FusedBatchNorm2d,
-    BatchNormReLU3d: _FusedBatchNorm3d,
-    SyncBatchNormReLU: _FusedSyncBatchNorm,
-}
-# What our classes keep on an instance beyond torch's.
-_OURS = ("activation", "negative_slope", "collect_stats", "_last")
 
 
 def _is_same_activation(a: Fusion, b: Fusion) -> bool:
     return (a.activation, a.negative_slope) == (b.activation, b.negative_slope)
 
 
-def _become_fused(norm: nn.Module, fusion: Fusion) -> None:
-    state = vars(norm)
-    state["_unfused"] = type(norm), {name: state[name] for name in _OURS if name in state}
-    state["activation"], state["negative_slope"] = fusion.activation, fusion.negative_slope
-    norm.__class__ = _FUSED[type(norm)]
-
-
-def _become_unfused(norm: _FusedBatchNorm) -> None:
-    state = vars(norm)
-    original, attributes = state.pop("_unfused")
-    for name in _OURS:
-        state.pop(name, None)
-    state.update(attributes)
-    norm.__class__ = original
-
-
 def _activates_itself(norm: object) -> bool:
     return isinstance(norm, _BatchNormReLU) and norm.activation != "identity"
-
-
-def _unfit(norm: nn.Module) -> str:
-    """Return why nobody can fuse this BatchNorm; nothing if somebody may."""
-    if type(norm) not in _FUSED:
-        return f"{type(norm).__name__} may be more than a BatchNorm"
-    return "it has hooks" if has_hooks(norm) else ""
 
 
 def _is_traceable(owner: nn.Module) -> bool:
@@ -306,7 +256,7 @@ class _FusedForward:
             all(isinstance(argument, Tensor) for argument in arguments)
             and all(_is_still(getattr(m, k, None), value) for m, k, value in self.attributes)
             and all(_children(m) == children for m, children in self.children)
-            and all(isinstance(m, _FusedBatchNorm) for m in self.norms)
+            and all(isinstance(m, FusedBatchNorm) for m in self.norms)
             and not any(has_hooks(m) for m in self.watched)
         )
 

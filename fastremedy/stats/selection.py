@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ..nn.batch_norm_relu import _BatchNormReLU
+
 Pattern = str | type[nn.Module]
 
 PLAIN = (Tensor, nn.Parameter)  # other types may have no memory of their own
@@ -95,7 +97,8 @@ def layers_of(
 
 def _is_chosen(name: str, module: nn.Module, include: tuple[Pattern, ...] | None) -> bool:
     computes = not isinstance(module, _UNINTERESTING) and (
-        next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention)
+        next(module.children(), None) is None
+        or isinstance(module, (nn.MultiheadAttention, _BatchNormReLU))
     )
     if include is None:
         return computes
