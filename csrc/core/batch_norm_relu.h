@@ -188,4 +188,11 @@ FASTREMEDY_HD T activation_grad(T z, T grad, T threshold, T negative_slope) {
   return grad * activation_slope<kActivation>(z, threshold, negative_slope);
 }
 
+// dx, see InputGrad. Where the statistics are constants a NaN of x must not reach its gradient.
+template <class T>
+FASTREMEDY_HD T input_grad_of(bool batch_statistics, T g, T centered, T g_scale, T x_scale,
+                              T shift) {
+  return batch_statistics ? g * g_scale + (centered * x_scale + shift) : g * g_scale;
+}
+
 }  // namespace fastremedy

@@ -175,12 +175,6 @@ FASTREMEDY_CLONES_WITHOUT_MASKS void sum_grad_columns(const T* __restrict x,
   }
 }
 
-// In evaluation a NaN in x is not one in its gradient: x_scale is not used.
-template <bool kBatchStatistics, class T>
-FASTREMEDY_HD T input_grad_of(T g, T centered, T g_scale, T x_scale, T shift) {
-  return kBatchStatistics ? g * g_scale + (centered * x_scale + shift) : g * g_scale;
-}
-
 template <Activation kActivation, bool kBatchStatistics, class T>
 FASTREMEDY_CLONES_WITHOUT_MASKS void input_grad_rows(const T* __restrict x,
                                                      const T* __restrict grad, T* __restrict dx,
@@ -194,7 +188,7 @@ FASTREMEDY_CLONES_WITHOUT_MASKS void input_grad_rows(const T* __restrict x,
     for (int64_t i = 0; i < row_size; ++i) {
       const T z = normalize(x[i], c.mean, c.scale, c.shift);
       const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
-      dx[i] = input_grad_of<kBatchStatistics>(g, x[i] - c.mean, g_scale, x_scale, shift);
+      dx[i] = input_grad_of(kBatchStatistics, g, x[i] - c.mean, g_scale, x_scale, shift);
     }
   }
 }
@@ -209,8 +203,8 @@ FASTREMEDY_CLONES_WITHOUT_MASKS void input_grad_columns(const T* __restrict x,
   for (int64_t i = 0; i < n; ++i) {
     const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
     const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
-    dx[i] = input_grad_of<kBatchStatistics>(g, x[i] - c.mean[i], d.g_scale[i], d.x_scale[i],
-                                            d.shift[i]);
+    dx[i] = input_grad_of(kBatchStatistics, g, x[i] - c.mean[i], d.g_scale[i], d.x_scale[i],
+                          d.shift[i]);
   }
 }
 

@@ -175,7 +175,6 @@ __global__ void __launch_bounds__(kNormalizeBlockSize, kNormalizeBlocks)
     to_input[k] = input_grads[tile.lane_channel() + k];
   }
 
-  // Where the statistics are constants a NaN of the input must not reach its gradient.
   const bool uses_input = args.training && args.grad_input;
   tile.template for_each<Lane::kBackwardBatch, true>(
       [&](const Place& p) { return load_grad<Lane, kNeedsZ, Reuse::kNever>(args, uses_input, p); },
@@ -188,10 +187,8 @@ __global__ void __launch_bounds__(kNormalizeBlockSize, kNormalizeBlocks)
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
           const int of = kChannelsLast ? k : 0;
-          g[k] *= to_input[of].g_scale;
-          if (uses_input) {
-            g[k] += (x[k] - n[of].mean) * to_input[of].x_scale + to_input[of].shift;
-          }
+          const InputGrad<T>& d = to_input[of];
+          g[k] = input_grad_of(uses_input, g[k], x[k] - n[of].mean, d.g_scale, d.x_scale, d.shift);
         }
         store_lane<Lane>(args.grad_input, shape, p, g);
       });

@@ -1,4 +1,4 @@
-// What the threads of a block find out together.
+// What the threads of a warp or a block find out together.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,16 @@ namespace fastremedy::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The combination of the values of a warp, in all its lanes; always in the same order.
+template <class Combine>
+FASTREMEDY_DEVICE double warp_reduce(double value, Combine combine) {
+#pragma unroll
+  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, lane_mask));
+  }
+  return value;
+}
+
 // The combination of all threads' values, in all threads; always in the same order.
 template <int kBlockSize, class Combine>
 FASTREMEDY_DEVICE double block_reduce(double value, double identity, Combine combine) {
@@ -17,20 +27,13 @@ FASTREMEDY_DEVICE double block_reduce(double value, double identity, Combine com
   static_assert(kNumWarps <= kWarpSize, "one warp combines the results of all");
   using WarpValues = double[kNumWarps];
   FASTREMEDY_SHARED(WarpValues, warp_values);
-  const auto warp_reduce = [&] {
-#pragma unroll
-    for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-      value = combine(value, __shfl_xor_sync(kAllLanes, value, lane_mask));
-    }
-  };
   const int lane = threadIdx.x % kWarpSize;
-  warp_reduce();
+  value = warp_reduce(value, combine);
   if (lane == 0) warp_values[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   value = lane < kNumWarps ? warp_values[lane] : identity;
   __syncthreads();  // the next reduction writes warp_values again
-  warp_reduce();
-  return value;
+  return warp_reduce(value, combine);
 }
 
 // True in the last of `num_blocks` blocks to get here; it sees what the others wrote. The counter

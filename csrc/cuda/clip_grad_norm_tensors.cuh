@@ -6,16 +6,6 @@
 
 namespace fastremedy::cuda {
 
-// The combination of the values of a warp, in all its lanes.
-template <class Combine>
-FASTREMEDY_DEVICE double warp_reduce(double value, Combine combine) {
-#pragma unroll
-  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, lane_mask));
-  }
-  return value;
-}
-
 // All threads of one block: write(tensor, values) for every tensor that has chunks, by one thread.
 // A partial is kSize doubles; those of a tensor are combined in an order that is always the same.
 template <int kBlockSize, int kSize, class Combine, class Write>
