@@ -39,7 +39,9 @@ def arch_flags(archs):
         return ["-arch=native"]
     targets = [(number, f"sm_{number}") for number in re.findall(r"\d+a?", archs.replace(".", ""))]
     targets += [(targets[-1][0], f"compute_{targets[-1][0]}")] if archs.endswith("+PTX") else []
-    return [f"-gencode=arch=compute_{number},code={code}" for number, code in targets]
+    # For size: a library of 25 MB instead of 93. Every driver for CUDA 13 can decompress it.
+    codes = [f"-gencode=arch=compute_{number},code={code}" for number, code in targets]
+    return ["--compress-mode=size", *codes]
 
 
 def native_library(cuda):

@@ -1,8 +1,9 @@
 """Print what every kernel takes on every architecture: registers, local and shared memory.
 
 Triton kernels are compiled for the forms that their modules list, CUDA files by nvcc; no GPU is
-needed. The exit status is 1 if a kernel spills registers to local memory or if the loop of a Triton
-kernel over full, aligned blocks does not use 16-byte accesses.
+needed. AMD's architectures (gfx) concern Triton alone. The exit status is 1 if a kernel spills
+registers to local memory or if the loop of a Triton kernel over full, aligned blocks does not use
+16-byte accesses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -21,11 +23,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 TRITON_MODULES = ("clip_grad_norm", "adamw", "batch_norm_relu", "focal_loss", "activation_stats")
 
 WIDE_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64|b128)\b")
+AMDGPU_METADATA = re.compile(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)")
 RESOURCE_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 PTXAS_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 PTXAS_STACK = re.compile(
@@ -72,6 +75,14 @@ def parse_resource_usage(text: str) -> tuple[int, int]:
     return registers, stack + local
 
 
+def parse_amdgcn(assembly: str) -> tuple[int, int]:
+    """Return registers and local bytes from the metadata of AMD's assembly."""
+    metadata = {name: int(value) for name, value in AMDGPU_METADATA.findall(assembly)}
+    if len(metadata) != 2:
+        raise ValueError(f"expected the metadata of a kernel, got {metadata}")
+    return metadata["vgpr_count"], metadata["private_segment_fixed_size"]
+
+
 def parse_ptxas(text: str, source: str) -> Iterator[Resources]:
     """Yield what ``ptxas -v`` says of each kernel."""
     entries = list(PTXAS_ENTRY.finditer(text))
@@ -92,44 +103,53 @@ def parse_ptxas(text: str, source: str) -> Iterator[Resources]:
         )
 
 
-def triton_resources(archs: Sequence[str]) -> Iterator[Resources]:
+def triton_resources(
+    modules: Sequence[str], archs: Sequence[str], first_form: bool = False
+) -> Iterator[Resources]:
     """Compile the Triton kernels; there must be no TRITON_INTERPRET in the environment."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for name in TRITON_MODULES:
+    for name in modules:
         module = importlib.import_module(f"fastremedy.triton_kernels.{name}")
-        for form in module.specialisations():
-            for arch in archs:
-                compiled = triton.compile(
-                    ASTSource(form.kernel, form.signature, form.constants),
-                    target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-                    options=dict(form.options),
-                )
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(compiled.asm["cubin"])
-                    file.flush()
-                    command = [cuobjdump, "--dump-resource-usage", file.name]
-                    usage = subprocess.run(command, capture_output=True, text=True, check=True)
-                registers, local_bytes = parse_resource_usage(usage.stdout)
-                yield Resources(
-                    f"triton_kernels/{name}.py",
-                    form.name,
-                    arch,
-                    registers,
-                    local_bytes,
-                    compiled.metadata.shared,
-                    count_wide_accesses(compiled.asm["ptx"]),
-                    form.wide_accesses,
-                )
+        forms = list(module.specialisations())
+        if first_form:
+            forms = list({form.kernel: form for form in reversed(forms)}.values())
+        for form, arch in itertools.product(forms, archs):
+            is_amd = arch.startswith("gfx")
+            compiled = triton.compile(
+                ASTSource(form.kernel, form.signature, form.constants),
+                target=GPUTarget("hip", arch, 64)
+                if is_amd
+                else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+                options=dict(form.options),
+            )
+            asm = compiled.asm
+            usage = parse_amdgcn(asm["amdgcn"]) if is_amd else cubin_resources(asm["cubin"])
+            # Blocks are made for 128 threads, and on AMD's GPUs as many warps have 256.
+            wide = (0, 0) if is_amd else (count_wide_accesses(asm["ptx"]), form.wide_accesses)
+            source, shared_bytes = f"triton_kernels/{name}.py", compiled.metadata.shared
+            yield Resources(source, form.name, arch, *usage, shared_bytes, *wide)
+
+
+def cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """Return registers and local bytes of a kernel."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    return parse_resource_usage(usage.stdout)
 
 
 def cuda_resources(nvcc: str, archs: Sequence[str]) -> Iterator[Resources]:
     """Compile the CUDA files."""
     for file in sorted(CUDA_SOURCES.glob("*.cu")):
-        for arch in archs:
+        for arch in (arch for arch in archs if arch.startswith("sm_")):
             command = [nvcc, "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas=-v"]
             command += ["-o", os.devnull, str(file)]
             result = subprocess.run(command, capture_output=True, text=True)
@@ -173,6 +193,12 @@ def table(rows: Sequence[Resources], archs: Sequence[str]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", action="append", help=f"default: {', '.join(ARCHS)}")
+    parser.add_argument(
+        "--triton", action="append", choices=TRITON_MODULES, help="these modules alone"
+    )
+    parser.add_argument(
+        "--first-form", action="store_true", help="of every Triton kernel the first form alone"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table here")
     parser.add_argument(
         "--require-nvcc", action="store_true", help="fail instead of leaving the CUDA files out"
@@ -183,15 +209,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     archs = arguments.arch or ARCHS
-    nvcc = shutil.which("nvcc")
+    nvcc = None if arguments.triton else shutil.which("nvcc")
     if nvcc is None and arguments.require_nvcc:
         raise SystemExit("csrc/cuda cannot be compiled: there is no nvcc on PATH")
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
-    rows = list(triton_resources(archs))
+    rows = list(triton_resources(arguments.triton or TRITON_MODULES, archs, arguments.first_form))
     if nvcc is not None:
         rows += cuda_resources(nvcc, archs)
     print(table(rows, archs))
-    if nvcc is None:
+    if nvcc is None and not arguments.triton:
         print("csrc/cuda is left out: there is no nvcc on PATH")
     if arguments.json is not None:
         cells = [{**asdict(row), "problem": row.problem} for row in rows]

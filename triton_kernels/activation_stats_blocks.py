@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm_relu_blocks import elements_of, locate_tile
+from .multi_tensor import NARROW_BLOCK
 from .rounding import widen
 
 NUM_BUCKETS = tl.constexpr(4096)
@@ -41,6 +42,13 @@ def to_lanes(value, OP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     LOADS: tl.constexpr = value.numel // (LANES * VEC)
     parts = tl.reshape(value, (LOADS, LANES, VEC))
     return _reduce(_reduce(parts, 2, OP), 0, OP)
+
+
+@triton.jit
+def by_threads(value, VEC: tl.constexpr):
+    """Return the elements in a row, one of each thread, then the next of each: none has to move."""
+    parts = tl.reshape(value, (value.numel // (NARROW_BLOCK * VEC), NARROW_BLOCK, VEC))
+    return tl.reshape(tl.permute(parts, (0, 2, 1)), (value.numel,))
 
 
 @triton.jit
@@ -115,8 +123,8 @@ def first_values(
     return tl.where(some, mean, 0.0), tl.where(some, low, 0.0), tl.where(some, high, 0.0)
 
 
-@triton.jit
-def fits_unscaled(DTYPE: tl.constexpr):
+@triton.constexpr_function
+def fits_unscaled(DTYPE):
     """Whether fourth powers need no scale: those of float16 fit in float32 as they are."""
     return DTYPE.is_fp16() or DTYPE.is_fp64()
 
@@ -148,25 +156,26 @@ def window_base(low, high):
 
 
 @triton.jit
-def count_buckets(window, row_ptr, x, finite, base, CHANNELS_LAST: tl.constexpr):
-    """Return the window with a tile added to it; what is not inside goes to its row at once."""
+def count_buckets(window, row_ptr, x, finite, base, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
+    """Return the window with a tile added to it; what is outside goes to its row at once."""
     bucket = _bucket_of(x)
     finite = finite & ((bucket & (SIGN_BUCKET - 1)) < FIRST_NON_FINITE_BUCKET)  # as a float
     if CHANNELS_LAST:
         bucket += tl.arange(0, x.shape[1])[None, :] * NUM_BUCKETS
-        bucket = tl.where(finite, bucket, -1)
+        outside = tl.where(finite, bucket, -1)
     else:
         magnitude = bucket & (SIGN_BUCKET - 1)
         place = tl.where(magnitude == 0, 0, magnitude - base[None, :])
         fits = (place < WINDOW) & ((place > 0) | (magnitude == 0)) & finite
+        outside = tl.where(finite & (fits == 0), bucket, -1)
+    # The histogram takes the most registers: it is last, when the addresses are out of the way.
+    outside = by_threads(outside, VEC)
+    one = tl.full(outside.shape, 1, tl.int64)
+    tl.atomic_add(row_ptr + outside, one, mask=outside >= 0, sem="relaxed")
+    if not CHANNELS_LAST:
         place = tl.where(fits, place + bucket // SIGN_BUCKET * WINDOW, -1)
-        place = tl.ravel(place, can_reorder=True)
+        place = by_threads(place, VEC)
         window += tl.histogram(place, 2 * WINDOW, mask=place >= 0)
-        bucket = tl.where(finite & (fits == 0), bucket, -1)
-    # In one integer, bucket and mask are moved to whatever threads the compiler prefers.
-    bucket = tl.ravel(bucket, can_reorder=True)
-    one = tl.full(bucket.shape, 1, tl.int64)
-    tl.atomic_add(row_ptr + bucket, one, mask=bucket >= 0, sem="relaxed")
     return window
 
 

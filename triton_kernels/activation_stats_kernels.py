@@ -88,7 +88,7 @@ def _add_tiles(
             input_ptr, index, part, OPMATH, CHANNELS_LAST, VEC, ROWS, COLS
         )
         if row_ptr is not None:
-            window = count_buckets(window, row_ptr, x, finite, base, CHANNELS_LAST)
+            window = count_buckets(window, row_ptr, x, finite, base, CHANNELS_LAST, VEC)
         num_beyond += beyond
         finite_kind = tl.where(x == 0, 1 + (1 << 10), tl.where(x < 0, 1 + (1 << 20), 1))
         other_kind = tl.where(x > 0, 1 << 15, tl.where(x < 0, 1 << 25, 1 << 5))
