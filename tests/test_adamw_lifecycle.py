@@ -200,6 +200,7 @@ def test_hooks_fire_once(backend: str, device: torch.device, differentiable: boo
     assert events == ["pre", "post", "pre", "post"]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.11
 def test_profiler_shows_the_step(backend: str, device: torch.device) -> None:
     params = make_params([(3,)], device=device)
     optimizer = fastremedy.optim.AdamW(params)

@@ -91,8 +91,8 @@ def narrow(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def wide_pointer(pointer, VEC: tl.constexpr):
-    """Return the pointer, with the promise of 16 bytes where there are vectors; None stays."""
-    if VEC == 1 or pointer is None:
+    """Return the pointer, with the promise of 16 bytes where there are vectors."""
+    if VEC == 1:  # and not if it is None, which a function of Triton 3.6 cannot return
         return pointer
     else:
         return aligned_pointer(pointer.to(tl.int64), pointer.dtype.element_ty)
@@ -184,7 +184,7 @@ def sum_tile(value, CHANNELS_LAST: tl.constexpr):
     if CHANNELS_LAST:
         return tl.sum(value, 0)
     else:
-        return tl.sum(tl.ravel(value, can_reorder=True), 0, keep_dims=True)
+        return tl.sum(tl.ravel(value), 0, keep_dims=True)
 
 
 # --- values and sums of channels ---

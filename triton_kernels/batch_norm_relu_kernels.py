@@ -175,13 +175,13 @@ def normalize_kernel(
     else:
         mean = load_values(running_mean_ptr, channel, inside, 0.0, tl.float64)
         variance = load_values(running_var_ptr, channel, inside, 1.0, tl.float64)
-        written = inside & (split == 0)
+        written = tl.where(split == 0, inside, False)
         statistics = store_statistics(
             saved_ptr, channel, written, channels, mean, tl.zeros_like(mean), variance, eps
         )
     mean, scale, shift = load_normalizer(statistics, weight_ptr, bias_ptr, channel, inside, OPMATH)
     input_ptr = wide_pointer(input_ptr, VEC)
-    residual_ptr = wide_pointer(residual_ptr, VEC)
+    residual_ptr = None if residual_ptr is None else wide_pointer(residual_ptr, VEC)
     output_ptr = wide_pointer(output_ptr, VEC)
     dead = tl.zeros((ROWS, COLS), tl.int32)
     begin, end = tile_range(part, split, tiles_per_split, ROWS, COLS)
@@ -278,7 +278,7 @@ def grad_sums_kernel(
     mean, scale, shift = load_normalizer(statistics, weight_ptr, bias_ptr, channel, inside, OPMATH)
     grad_output_ptr = wide_pointer(grad_output_ptr, VEC)
     input_ptr = wide_pointer(input_ptr, VEC)
-    residual_ptr = wide_pointer(residual_ptr, VEC)
+    residual_ptr = None if residual_ptr is None else wide_pointer(residual_ptr, VEC)
     total = tl.zeros((ROWS, COLS), OPMATH)
     products = tl.zeros((ROWS, COLS), OPMATH)
     begin, end = tile_range(part, split, tiles_per_split, ROWS, COLS)
@@ -367,9 +367,9 @@ def input_grad_kernel(
     )
     grad_output_ptr = wide_pointer(grad_output_ptr, VEC)
     input_ptr = wide_pointer(input_ptr, VEC)
-    residual_ptr = wide_pointer(residual_ptr, VEC)
+    residual_ptr = None if residual_ptr is None else wide_pointer(residual_ptr, VEC)
     grad_input_ptr = wide_pointer(grad_input_ptr, VEC)
-    grad_residual_ptr = wide_pointer(grad_residual_ptr, VEC)
+    grad_residual_ptr = None if grad_residual_ptr is None else wide_pointer(grad_residual_ptr, VEC)
     begin, end = tile_range(part, split, tiles_per_split, ROWS, COLS)
     for index in range(begin, end):
         tile = locate_tile(index, part, CHANNELS_LAST, VEC, ROWS, COLS)

@@ -189,7 +189,7 @@ def sigmoid_forward_kernel(
         alphas_ptr,
         weight_ptr,
         pos_weight_ptr,
-        wide_pointer(loss_ptr, VEC),
+        None if loss_ptr is None else wide_pointer(loss_ptr, VEC),
         stats_ptr,
     )
     class_divisor = (classes.to(INDEX), classes_magic, classes_shift)

@@ -154,11 +154,12 @@ def batch_norm_relu_with_stats(
             )
     elif is_traced(input):
         # Tracers, whose tensors are of other types, are to see an operator; what is exported has to
-        # run without this package.
+        # run without this package; is_exporting() holds in every trace of torch 2.11.
         sees_kernels = (
-            has_kernels(dispatch.STEM, input.device.type) and not torch.compiler.is_exporting()
+            has_kernels(dispatch.STEM, input.device.type) and not torch.compiler._is_exporting_flag
         )
-        backend = None if sees_kernels else "torch"
+        # Traced by torch 2.11, the backward pass of torch's own code loses the sums of a group.
+        backend = None if sees_kernels or group is not None else "torch"
         if residual is input:  # Dynamo's functions take no tensor twice
             residual = input.view_as(input)
     else:

@@ -251,8 +251,9 @@ def _run(
     if not _kernels_take(input, target, classes):
         pass
     elif is_traced(input):
-        # What is exported has to run without this package.
-        if has_kernels(dispatch.STEM, input.device.type) and not torch.compiler.is_exporting():
+        # What is exported has to run without this package; is_exporting() holds in every trace of
+        # torch 2.11.
+        if has_kernels(dispatch.STEM, input.device.type) and not torch.compiler._is_exporting_flag:
             backend = None
     else:
         backend = backends.active(dispatch.STEM, input.device)

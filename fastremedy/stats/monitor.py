@@ -264,7 +264,7 @@ class Monitor:
 
     def _see_traced_output(self, row: int, output: Any) -> None:
         """Become part of the compiled code, which measures if the device's flag says so."""
-        if not self._model.training or torch.compiler.is_exporting():
+        if not self._model.training or torch.compiler._is_exporting_flag:
             return
         self._is_compiled = True  # code without hooks would not see that they are back
         for tensor in tensors_in(output):
