@@ -34,28 +34,34 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel of this Python, without CUDA, from a copy of the sources."""
-    for tool in ("g++", "patchelf"):
-        if shutil.which(tool, path=path_with_tools()) is None:
-            pytest.skip(f"{tool} is missing")
-    pytest.importorskip("auditwheel")
-    folder = tmp_path_factory.mktemp("wheels")
+def build_wheel(folder: Path, *arguments: str) -> Path:
+    """Run the script on a copy of the sources; return the wheel of the one Python named."""
     checkout = folder / "checkout"  # a build writes beside the sources
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     for source in packaging.SOURCES:
         shutil.copytree(ROOT / source, checkout / source, ignore=ignored)
     for file in packaging.FILES:
         shutil.copy(ROOT / file, checkout)
-    command = [sys.executable, str(checkout / "tools" / "build_wheels.py")]
-    command += ["--here", "--cpu", "--out", str(folder / "dist")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(checkout / "tools" / "build_wheels.py"), *arguments]
+    result = subprocess.run(
+        [*command, "--cpu", "--out", str(folder / "dist")], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (built,) = (folder / "dist").glob("*.whl")
     assert built.name in result.stdout
-    assert (folder / "dist" / f"{PYTHON}.log").exists()
-    assert list((folder / "dist").glob("*.tar.gz"))
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel of this Python, without CUDA."""
+    for tool in ("g++", "patchelf"):
+        if shutil.which(tool, path=path_with_tools()) is None:
+            pytest.skip(f"{tool} is missing")
+    pytest.importorskip("auditwheel")
+    built = build_wheel(tmp_path_factory.mktemp("wheels"), "--here")
+    assert (built.parent / f"{PYTHON}.log").exists()
+    assert list(built.parent.glob("*.tar.gz"))
     return built
 
 
@@ -134,12 +140,15 @@ def test_pythons_are_found_by_version_and_by_path(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "python3.12").symlink_to(sys.executable)
-    shim = tmp_path / "python3.13"  # of a version manager, for a version that is off
-    shim.write_text("#!/bin/sh\nexit 127\n")
-    shim.chmod(0o755)
+    run = f'[ "$PYENV_VERSION" = 3.13 ] && exec {sys.executable} "$@"'
+    for name in ("python3.11", "python3.13"):
+        shim = tmp_path / name  # as of pyenv, which has 3.13 installed and switched off
+        shim.write_text(f"#!/bin/sh\n{run}\nexit 127\n")
+        shim.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert script.find_python("3.12") is not None
-    assert script.find_python("3.13") is None
+    assert script.find_python("3.13") is not None
+    assert script.find_python("3.11") is None
     assert script.find_python("3.14") is None
     assert script.find_python(sys.executable) == Path(sys.executable)
 

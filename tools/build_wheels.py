@@ -82,13 +82,14 @@ def makefile_torch() -> str:
 
 def find_python(name: str) -> Path | None:
     """Return the interpreter of a version such as ``3.12`` or of a path, None if there is none."""
-    command = f"python{name}" if re.fullmatch(r"3\.\d+", name) else name
-    code = "import sys; print(sys.executable)"
+    is_version = re.fullmatch(r"3\.\d+", name)
+    command = [f"python{name}" if is_version else name, "-c", "import sys; print(sys.executable)"]
+    # pyenv's shims run, of all installed versions, only those that are switched on
+    environment = {**os.environ, **({"PYENV_VERSION": name} if is_version else {})}
     try:
-        result = subprocess.run([command, "-c", code], capture_output=True, text=True)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
     except OSError:
         return None
-    # a name on PATH may be the shim of a version manager that has the version switched off
     return Path(result.stdout.strip()) if result.returncode == 0 else None
 
 
