@@ -14,28 +14,35 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import fastremedy
 
 MAX_NORM = 1e-3  # always clips
 
 
+class SumOfSquares(nn.Module):
+    """Parameters of 64 elements."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        """Draw them."""
+        super().__init__()
+        for i in range(count):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(8, 8, device=device)))
+
+    def forward(self) -> Tensor:
+        """Add up all squares."""
+        return torch.stack([param.square().sum() for param in self.parameters()]).sum()
+
+
 def make_params(count: int, device: torch.device) -> list[nn.Parameter]:
-    """Return parameters of 64 elements that ``fully_shard`` distributes, with gradients."""
-    model = nn.Module()
-    for i in range(count):
-        model.register_parameter(f"p{i}", nn.Parameter(torch.randn(8, 8, device=device)))
+    """Return parameters that ``fully_shard`` distributes, with the gradients that it leaves."""
+    model = SumOfSquares(count, device)
     fully_shard(model, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
-    params = list(model.parameters())
-    for param in params:
-        assert isinstance(param, DTensor)
-        shard = torch.randn_like(param._local_tensor)
-        param.grad = DTensor.from_local(shard, param.device_mesh, param.placements)
-    return params
+    model().backward()
+    return list(model.parameters())
 
 
 def candidates(count: int, device: torch.device) -> dict[str, Callable[[], object]]:

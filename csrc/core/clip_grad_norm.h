@@ -34,9 +34,9 @@ struct ClipOptions {
   double max_norm;  // infinity: no clipping
   double norm_type;
   int32_t skip_nonfinite;
-  int32_t padding;
-  const float* grad_scale;  // null: 1
-  const float* found_inf;   // null: 0; any non-zero value skips
+  DType grad_scale_dtype;  // float32 or float64
+  const void* grad_scale;  // null: 1
+  const float* found_inf;  // null: 0; any non-zero value skips
 };
 
 // NaN of either side wins, as torch.linalg.vector_norm has it.
@@ -68,10 +68,16 @@ FASTREMEDY_HD double norm_finish(NormKind kind, double norm_type, double total) 
 
 FASTREMEDY_HD bool is_finite(double value) { return value - value == 0.0; }
 
+FASTREMEDY_HD double grad_scale_of(const ClipOptions& options) {
+  if (options.grad_scale == nullptr) return 1.0;
+  return options.grad_scale_dtype == DType::kFloat64
+             ? *static_cast<const double*>(options.grad_scale)
+             : static_cast<double>(*static_cast<const float*>(options.grad_scale));
+}
+
 // scaled_norm: of the gradients as they stand, still multiplied by the loss scale.
 FASTREMEDY_HD ClipResult clip_result(const ClipOptions& options, double scaled_norm) {
-  const double inv_scale =
-      options.grad_scale ? 1.0 / static_cast<double>(*options.grad_scale) : 1.0;
+  const double inv_scale = 1.0 / grad_scale_of(options);
   ClipResult result;
   result.total_norm = scaled_norm * inv_scale;
   const double coef = options.max_norm / (result.total_norm + 1e-6);

@@ -18,18 +18,6 @@ PyObject* params_name() {
   return name;
 }
 
-const float* scalar_pointer(const py::object& value, const char* name, DLDevice device) {
-  if (value.is_none()) return nullptr;
-  const DLTensor tensor = require_tensor(value, name);
-  DType dtype;
-  if (!same_device(tensor.device, device) || !dtype_of(tensor, &dtype) ||
-      dtype != DType::kFloat32 || numel_of(tensor) != 1) {
-    throw py::value_error(std::string(name) +
-                          " must be a float32 tensor of one element on the parameters' device");
-  }
-  return static_cast<const float*>(data_of(tensor));
-}
-
 void* data_or_null(const py::object& tensor, const char* name) {
   return tensor.is_none() ? nullptr : data_of(require_tensor(tensor, name));
 }
@@ -64,8 +52,9 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     tensor.group = item(columns.groups, i).cast<int32_t>();
     tensor.noise_stream = item(columns.streams, i).cast<uint32_t>();
     tensors_.push_back(tensor);
-    rows_.push_back(
-        {item(columns.owners, i), Layout(view), item(columns.indirect, i).cast<bool>()});
+    const py::object owner = item(columns.owners, i);
+    rows_.push_back({owner, Distribution(owner, item(columns.specs, i)), Layout(view),
+                     item(columns.indirect, i).cast<bool>()});
     const py::list* const kept[kNumColumns] = {&columns.params,      &columns.exp_avgs,
                                                &columns.exp_avg_sqs, &columns.max_exp_avg_sqs,
                                                &columns.residuals,   &columns.steps};
@@ -206,7 +195,8 @@ std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_gro
     grads_[i].data = nullptr;
     grad_owners_[i] = grad_of(rows_[i].owner.ptr());
     if (grad_owners_[i].is_none()) continue;
-    if (rows_[i].is_indirect || !read_grad(grad_owners_[i].ptr(), i)) {
+    grad_owners_[i] = rows_[i].distribution.memory_of(grad_owners_[i]);
+    if (rows_[i].is_indirect || !grad_owners_[i] || !read_grad(grad_owners_[i].ptr(), i)) {
       unread.push_back(static_cast<int64_t>(i));
     }
   }
@@ -221,15 +211,26 @@ void AdamWTable::set_grad(int64_t row, py::object grad) {
   grad_owners_[row] = std::move(grad);
 }
 
+py::list AdamWTable::grads() const {
+  py::list list(grad_owners_.size());
+  for (size_t i = 0; i < grad_owners_.size(); ++i) {
+    list[i] = grad_owners_[i] ? grad_owners_[i] : py::none();
+  }
+  return list;
+}
+
 AdamWArgs AdamWTable::arguments(const Step& step) {
   AdamWArgs args{};
   args.norm.kind = step.needs_norm ? norm_kind(step.norm_type) : NormKind::kNone;
   args.norm.num_chunks = static_cast<int32_t>(chunks_.size());
-  args.norm.options.max_norm = step.max_norm;
-  args.norm.options.norm_type = step.norm_type;
-  args.norm.options.skip_nonfinite = step.skip_nonfinite;
-  args.norm.options.grad_scale = scalar_pointer(step.grad_scale, "grad_scale", device_);
-  args.norm.options.found_inf = scalar_pointer(step.found_inf, "found_inf", device_);
+  ClipOptions& options = args.norm.options;
+  options.max_norm = step.max_norm;
+  options.norm_type = step.norm_type;
+  options.skip_nonfinite = step.skip_nonfinite;
+  options.grad_scale =
+      scalar_pointer(step.grad_scale, "grad_scale", device_, &options.grad_scale_dtype);
+  options.found_inf =
+      static_cast<const float*>(scalar_pointer(step.found_inf, "found_inf", device_));
   args.norm.total_norm = reinterpret_cast<void*>(step.total_norm);
   args.norm.total_norm_dtype = has_float64_grad_ ? DType::kFloat64 : DType::kFloat32;
   args.num_tensors = static_cast<int32_t>(tensors_.size());
@@ -350,21 +351,23 @@ void AdamWTable::step_on_cuda(AdamWArgs args, uintptr_t base) {
 
 void bind_adamw(py::module_& module) {
   py::class_<AdamWTable>(module, "AdamWTable", py::module_local())
-      .def(
-          py::init([](py::list owners, py::list params, py::list exp_avgs, py::list exp_avg_sqs,
-                      py::list max_exp_avg_sqs, py::list residuals, py::list steps, py::list groups,
-                      py::list streams, py::list indirect, const py::list& stateless,
-                      const py::list& param_groups, const py::dict& state, uintptr_t retained) {
-            return new AdamWTable({owners, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-                                   residuals, steps, groups, streams, indirect},
-                                  stateless, param_groups, state, retained);
-          }),
-          py::kw_only(), py::arg("owners"), py::arg("params"), py::arg("exp_avgs"),
-          py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("residuals"),
-          py::arg("steps"), py::arg("groups"), py::arg("streams"), py::arg("indirect"),
-          py::arg("stateless"), py::arg("param_groups"), py::arg("state"), py::arg("retained"))
+      .def(py::init([](py::list owners, py::list specs, py::list params, py::list exp_avgs,
+                       py::list exp_avg_sqs, py::list max_exp_avg_sqs, py::list residuals,
+                       py::list steps, py::list groups, py::list streams, py::list indirect,
+                       const py::list& stateless, const py::list& param_groups,
+                       const py::dict& state, uintptr_t retained) {
+             return new AdamWTable({owners, specs, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+                                    residuals, steps, groups, streams, indirect},
+                                   stateless, param_groups, state, retained);
+           }),
+           py::kw_only(), py::arg("owners"), py::arg("specs"), py::arg("params"),
+           py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"),
+           py::arg("residuals"), py::arg("steps"), py::arg("groups"), py::arg("streams"),
+           py::arg("indirect"), py::arg("stateless"), py::arg("param_groups"), py::arg("state"),
+           py::arg("retained"))
       .def("gather", &AdamWTable::gather, py::arg("param_groups"), py::arg("state"))
       .def("set_grad", &AdamWTable::set_grad, py::arg("row"), py::arg("grad"))
+      .def("grads", &AdamWTable::grads)
       .def_property_readonly("num_grads", &AdamWTable::num_grads)
       .def_property_readonly("has_float64_grad", &AdamWTable::has_float64_grad)
       .def("workspace_bytes", &AdamWTable::workspace_bytes)

@@ -8,6 +8,7 @@
 
 #include "../core/arguments.h"
 #include "device.h"
+#include "dtensor.h"
 #include "hyper.h"
 #include "retained_tensors.h"
 
@@ -16,6 +17,7 @@ namespace fastremedy::host {
 // The lists that the table is built from; one entry per parameter with state.
 struct AdamWColumns {
   py::list owners;  // parameters as the param groups hold them
+  py::list specs;   // DTensorSpec of a DTensor, None of a plain tensor
   py::list params;  // what the kernels update; the owner itself unless it is indirect
   py::list exp_avgs;
   py::list exp_avg_sqs;
@@ -41,6 +43,8 @@ class AdamWTable {
   // whose gradient the caller has to hand over with set_grad.
   std::optional<std::vector<int64_t>> gather(const py::list& param_groups, const py::dict& state);
   void set_grad(int64_t row, py::object grad);
+  // This step's gradients as the kernels read them; None where there is none, or none is set yet.
+  py::list grads() const;
 
   size_t num_grads() const { return num_grads_; }
   bool has_float64_grad() const { return has_float64_grad_; }
@@ -67,6 +71,7 @@ class AdamWTable {
  private:
   struct Row {
     py::object owner;
+    Distribution distribution;
     Layout layout;
     bool is_indirect;
   };

@@ -101,4 +101,21 @@ bool HyperReader::read(const py::dict& group, DLDevice device, AdamWHyper* hyper
   return same_state;
 }
 
+const void* scalar_pointer(const py::object& value, const char* name, DLDevice device,
+                           DType* dtype) {
+  if (value.is_none()) return nullptr;
+  const DLTensor tensor = require_tensor(value, name);
+  DType found;
+  const bool is_readable =
+      dtype_of(tensor, &found) &&
+      (found == DType::kFloat32 || (dtype != nullptr && found == DType::kFloat64));
+  if (!is_readable || !same_device(tensor.device, device) || numel_of(tensor) != 1) {
+    throw py::value_error(std::string(name) + " must be a float32 " +
+                          (dtype == nullptr ? "" : "or float64 ") +
+                          "tensor of one element on the parameters' device");
+  }
+  if (dtype != nullptr) *dtype = found;
+  return data_of(tensor);
+}
+
 }  // namespace fastremedy::host

@@ -1,4 +1,5 @@
-// The hyper-parameters of a param group, read again only where they may have changed.
+// Numbers of a step: the hyper-parameters of a param group, read again only where they may have
+// changed, and the scalars of AMP.
 #pragma once
 
 #include <vector>
@@ -17,5 +18,10 @@ class HyperReader {
  private:
   std::vector<py::object> known_;  // the values as last read; empty at first
 };
+
+// Where a float32 scalar on the device is; null for None. With `dtype`, which then tells, it may be
+// float64 too.
+const void* scalar_pointer(const py::object& value, const char* name, DLDevice device,
+                           DType* dtype = nullptr);
 
 }  // namespace fastremedy::host

@@ -80,9 +80,18 @@ def memory_as(tensor: Tensor, like: Tensor) -> Tensor | None:
 
 
 def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor distributed as another; ``tensor`` itself if it is, or if both are plain."""
+    """Return a tensor distributed as another; ``tensor`` itself if it is, or if one is plain.
+
+    Raises:
+        ValueError: it is on another mesh, which torch's ``redistribute`` would not notice.
+    """
     if not is_dtensor(tensor) or not is_dtensor(like) or memory_as(tensor, like) is not None:
         return tensor
+    if tensor.device_mesh != like.device_mesh:
+        raise ValueError(
+            f"a DTensor must be on its parameter's mesh, expected {like.device_mesh}, "
+            f"got {tensor.device_mesh}"
+        )
     return tensor.redistribute(like.device_mesh, like.placements)
 
 
@@ -119,18 +128,25 @@ _HERE = _Place((), False)
 
 
 def _places_of(tensors: Sequence[Tensor]) -> list[_Place]:
+    module = sys.modules.get(_MODULE)
+    if module is None:
+        return [_HERE] * len(tensors)
     known: dict[tuple[int, tuple[Placement, ...]], _Place] = {}
-    found = []
+    found, place = [], _HERE
+    mesh, placements = None, None
     for tensor in tensors:
-        if is_dtensor(tensor):
-            spec = tensor._spec
-            key = (id(spec.mesh), spec.placements)
-            place = known.get(key)
-            if place is None:
-                place = known[key] = _place_of(tensor)
-            found.append(place)
-        else:
+        if not isinstance(tensor, module.DTensor):
             found.append(_HERE)
+            continue
+        spec = tensor._spec
+        # Neighbours are mostly alike, and to compare is faster than to hash.
+        if spec.mesh is not mesh or spec.placements != placements:
+            mesh, placements = spec.mesh, spec.placements
+            key = (id(mesh), placements)
+            if key not in known:
+                known[key] = _place_of(tensor)
+            place = known[key]
+        found.append(place)
     return found
 
 

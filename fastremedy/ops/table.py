@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from . import adamw as definition
-from . import dispatch
+from . import dispatch, shards
 from .adamw import Columns, Hyper, Options, Outcome
 
 Group = dict[str, Any]
@@ -43,6 +43,9 @@ class Table(Protocol):
 
     def set_grad(self, row: int, grad: Tensor) -> None:
         """Set a gradient with the layout of the row's parameter."""
+
+    def grads(self) -> list[Tensor | None]:
+        """Return this step's gradients as the kernels see them, None where there is none."""
 
     def step(
         self, options: Options, num_skipped: Tensor, update_stats: Tensor | None = None
@@ -81,6 +84,7 @@ class NativeTable:
             )
         self._table = module.AdamWTable(
             owners=rows.owners,
+            specs=[p._spec if shards.is_dtensor(p) else None for p in rows.owners],
             params=columns.params,
             exp_avgs=columns.exp_avgs,
             exp_avg_sqs=columns.exp_avg_sqs,
@@ -104,6 +108,7 @@ class NativeTable:
         )
         self.gather = self._table.gather
         self.set_grad = self._table.set_grad
+        self.grads = self._table.grads
 
     def step(
         self, options: Options, num_skipped: Tensor, update_stats: Tensor | None = None
@@ -150,6 +155,8 @@ class PythonTable:
         self._signature = self._sign(param_groups, state)
         self._grads: list[Tensor | None] = [None] * len(rows.owners)
         self._hypers = [hyper_of(group) for group in param_groups]
+        owners = zip(rows.owners, rows.indirect, strict=True)
+        self._indirect = [indirect or shards.is_dtensor(owner) for owner, indirect in owners]
         self._kernels = None
         if backend == "triton":
             self._kernels = dispatch.triton_kernels("adamw").AdamW(rows.columns)
@@ -181,7 +188,7 @@ class PythonTable:
             return None
         self._hypers = [hyper_of(group) for group in param_groups]
         self._grads = [owner.grad for owner in self._rows.owners]
-        rows = zip(self._grads, self._rows.columns.params, self._rows.indirect, strict=True)
+        rows = zip(self._grads, self._rows.columns.params, self._indirect, strict=True)
         return [
             i
             for i, (grad, param, indirect) in enumerate(rows)
@@ -195,6 +202,10 @@ class PythonTable:
                 f"gradient of row {row} must have the parameter's device, dtype, shape and strides"
             )
         self._grads[row] = grad
+
+    def grads(self) -> list[Tensor | None]:
+        """Return this step's gradients as the kernels see them, None where there is none."""
+        return self._grads
 
     def step(
         self, options: Options, num_skipped: Tensor, update_stats: Tensor | None = None

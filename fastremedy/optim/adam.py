@@ -250,9 +250,8 @@ class Adam(torch.optim.Adam):
         )
         raw_stats = []
         grad_scale, has_found_inf = options.grad_scale, options.found_inf is not None
-        all_rows = [rows for rows, _ in tables]
         if any(self._tables.everyone) or (len(tables) > 1 and options.needs_norm):
-            options, self._grad_norm = fold(all_rows, self._tables.everyone, options)
+            options, self._grad_norm = fold(tables, self._tables.everyone, options)
         for rows, table in tables:
             packed = rows.packed()
             for memory, work in packed:
@@ -300,7 +299,9 @@ class AdamW(Adam, torch.optim.AdamW):
         - ``foreach`` and ``fused`` are accepted and have no effect; with ``differentiable`` torch's
           own update runs.
         - With DTensors ``grad_norm`` is a plain tensor with the norm of the whole model. All ranks
-          step together, skip together and raise together.
+          step together, skip together and raise together. A gradient that is a partial sum
+          (``Partial``) must be there on all of them: as in torch, ranks that have it wait for the
+          others.
         - ``ZeroRedundancyOptimizer`` shows each rank some whole parameters: ``max_grad_norm`` and
           ``nonfinite`` would see no others. Clip with :func:`fastremedy.clip_` there.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops import dispatch, shards
 from ..ops.adamw import Options
 from ..ops.clip_grad_norm import clip_coefficient, norm_dtype
+from ..ops.table import Table
 from .rows import LocalRows
 
 _NONFINITE = ("propagate", "skip", "error")
@@ -42,7 +43,9 @@ def check_options(
 
 
 def fold(
-    all_rows: list[LocalRows], everyone: Mapping[shards.Groups, torch.device], options: Options
+    tables: Sequence[tuple[LocalRows, Table]],
+    everyone: Mapping[shards.Groups, torch.device],
+    options: Options,
 ) -> tuple[Options, Tensor | None]:
     """Fold norm, clipping and checks over devices and ranks into grad_scale and found_inf."""
     if options.found_inf is not None:
@@ -51,8 +54,8 @@ def fold(
         return options, None
     memory: list[Tensor] = []
     groups: list[shards.Groups] = []
-    for rows in all_rows:
-        memory_of_rows, groups_of_rows = rows.norm_terms()
+    for rows, table in tables:
+        memory_of_rows, groups_of_rows = rows.norm_terms(table.grads())
         memory += memory_of_rows
         groups += groups_of_rows
     norm, _ = dispatch.norm_over_ranks(memory, groups, everyone, options.norm_type)
@@ -75,14 +78,14 @@ def fold(
 
 
 def on_device(options: Options, device: torch.device) -> Options:
-    """Return the options with AMP's scalars as float32 on a device."""
-    if options.grad_scale is None and options.found_inf is None:
-        return options
-    return options._replace(
-        grad_scale=_scalar_on(options.grad_scale, device),
-        found_inf=_scalar_on(options.found_inf, device),
-    )
+    """Return the options with AMP's scalars on a device, in dtypes that kernels read.
 
-
-def _scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device, torch.float32).reshape(())
+    Both are float32; but ``grad_scale`` may stay float64, as which it holds a clip coefficient.
+    """
+    scale, found_inf = options.grad_scale, options.found_inf
+    if scale is not None:
+        dtype = torch.float64 if scale.dtype == torch.float64 else torch.float32
+        options = options._replace(grad_scale=scale.to(device, dtype).reshape(()))
+    if found_inf is not None:
+        options = options._replace(found_inf=found_inf.to(device, torch.float32).reshape(()))
+    return options

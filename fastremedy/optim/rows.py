@@ -42,15 +42,16 @@ class LocalRows(Rows):
     def _sharded_memory(self) -> list[Tensor]:
         return [self.memory[i] for i in self.sharded]
 
-    def norm_terms(self) -> tuple[list[Tensor], list[shards.Groups]]:
-        """Return the memory of this step's gradients, and the process groups that have the rest."""
-        memory, groups = [], []
-        for i, (owner, of_owner) in enumerate(zip(self.owners, self.groups, strict=True)):
-            grad = self.grads.get(i, owner.grad)
-            if grad is not None:
-                memory.append(grad)
-                groups.append(of_owner)
-        return memory, groups
+    def norm_terms(self, read: list[Tensor | None]) -> tuple[list[Tensor], list[shards.Groups]]:
+        """Return memory of this step's gradients, and the process groups that have the rest.
+
+        ``read`` holds what the table sees of them: of complex ones pairs of reals, another norm.
+        """
+        memory = list(read)
+        for i, grad in self.grads.items():
+            memory[i] = grad
+        present = [(g, of) for g, of in zip(memory, self.groups, strict=True) if g is not None]
+        return [grad for grad, _ in present], [groups for _, groups in present]
 
     @property
     def is_in_place(self) -> bool:
@@ -201,7 +202,7 @@ def make_rows(
             dense = is_dense(memory)
             rows.owners.append(param)
             rows.memory.append(memory)
-            rows.indirect.append(shards.is_dtensor(param) or param.is_complex() or not dense)
+            rows.indirect.append(param.is_complex() or not dense)
             work = memory if dense else torch.empty_like(memory)
             residual = values[key] if key is not None and param.dtype in _HALF else None
             columns.params.append(as_real(work))
