@@ -54,10 +54,15 @@ class Block {
   void convert(int64_t n) {
     if constexpr (sizeof(T) == sizeof(float)) {
       const auto* stored = static_cast<const uint16_t*>(address_);
+      // The next block arrives while this one is worked on: the hardware does not see several
+      // tensors, read in turns, as streams.
+      for (int64_t i = 0; i < kBlockSize; i += kLine) __builtin_prefetch(stored + n + i);
       if (dtype_ == DType::kBFloat16) load_half<BFloat16>(stored, copy_, n);
       if (dtype_ == DType::kFloat16) load_half<Float16>(stored, copy_, n);
     }
   }
+
+  static constexpr int64_t kLine = 64 / sizeof(uint16_t);
 
   void* address_ = nullptr;
   DType dtype_ = DType::kFloat32;
