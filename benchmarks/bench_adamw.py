@@ -35,7 +35,7 @@ def bench_step_with_many_groups(device: torch.device, compare: Callable[..., Non
     compare("adamw", case, candidates, device, note="465 groups of 2 tensors")
 
 
-@pytest.mark.parametrize("case", bench.OFFLOADED_CASES, ids=str)
+@pytest.mark.parametrize("case", bench.OFFLOADED_CASES, ids=bench.offloaded_name)
 def bench_offloaded_step(case: bench.Case, compare: Callable[..., None]) -> None:
     cpu = torch.device("cpu")
     params = case.params(cpu)

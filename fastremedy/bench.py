@@ -95,6 +95,11 @@ OFFLOADED_CASES = (
 GROUPED_CASE = Case(930, 64, rounds=100, num_groups=465)
 
 
+def offloaded_name(case: Case) -> str:
+    """Return the name of a case whose gradients come from a GPU, if there is one."""
+    return f"{case}-{devices()[-1]}"
+
+
 def devices() -> list[torch.device]:
     """Return the devices to measure on."""
     names = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
