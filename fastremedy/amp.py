@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
 
 from .optim import Adam
@@ -45,6 +46,7 @@ class GradScaler(torch.amp.GradScaler):
         (tensor(1.7321), tensor([1024., 1024., 1024.]))
     """
 
+    @_disable_dynamo
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step ``optimizer``, unless gradients are NaN or infinite.
 
