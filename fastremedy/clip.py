@@ -27,6 +27,8 @@ class Observer(Protocol):
 
 observers: list[Observer] = []
 
+_clip_uncompiled = _disable_dynamo(dispatch.clip_grad_norm_)
+
 
 def clip_(
     parameters: Tensor | Iterable[Tensor],
@@ -105,7 +107,7 @@ def _clip(tensors: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
     if not torch.compiler.is_compiling():
         return dispatch.clip_grad_norm_(tensors, max_norm, norm_type, from_grad=True)
     if any(map(shards.is_dtensor, tensors)):
-        return _clip_uncompiled(tensors, max_norm, norm_type)
+        return _clip_uncompiled(tensors, max_norm, norm_type, from_grad=True)
     grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
     operators = torch.ops.fastremedy
     norm: Tensor = (
@@ -114,11 +116,6 @@ def _clip(tensors: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
         else operators.clip_grad_norm_(grads, max_norm, norm_type)
     )
     return norm
-
-
-@_disable_dynamo
-def _clip_uncompiled(tensors: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
-    return dispatch.clip_grad_norm_(tensors, max_norm, norm_type, from_grad=True)
 
 
 @_disable_dynamo
