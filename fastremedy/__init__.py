@@ -4,6 +4,7 @@ from . import amp, backends, functional, nn, ops, optim, stats
 from ._version import __version__
 from .clip import clip_, clip_value_, grad_norm
 from .compilation import warmup
+from .ops.memory import empty_cache
 
 __all__ = [
     "__version__",
@@ -11,6 +12,7 @@ __all__ = [
     "backends",
     "clip_",
     "clip_value_",
+    "empty_cache",
     "functional",
     "grad_norm",
     "nn",

@@ -4,7 +4,6 @@
 
 #include "batch_norm_relu_pass.h"
 #include "launch.h"
-#include "pages.h"
 
 namespace fastremedy::cpu {
 namespace {
@@ -229,7 +228,6 @@ class Forward : Pass<T> {
 }  // namespace
 
 void batch_norm_relu_forward(const BatchNormForwardArgs& args) {
-  if (args.phase != BatchNormPhase::kReduce) prefer_huge_pages(args.output, args.shape.bytes());
   run_pass<Forward>(args);
 }
 

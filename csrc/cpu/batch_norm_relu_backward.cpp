@@ -2,7 +2,6 @@
 #include "../core/batch_norm_relu.h"
 #include "batch_norm_relu_pass.h"
 #include "launch.h"
-#include "pages.h"
 
 namespace fastremedy::cpu {
 namespace {
@@ -204,10 +203,6 @@ class Backward : Pass<T> {
 }  // namespace
 
 void batch_norm_relu_backward(const BatchNormBackwardArgs& args) {
-  if (args.phase != BatchNormPhase::kReduce) {
-    prefer_huge_pages(args.grad_input, args.shape.bytes());
-    prefer_huge_pages(args.grad_residual, args.shape.bytes());
-  }
   run_pass<Backward>(args);
 }
 

@@ -1,7 +1,6 @@
 // Focal loss: the entries, and what has to be known before the pass over the elements.
 #include "focal_loss_pass.h"
 #include "launch.h"
-#include "pages.h"
 
 namespace fastremedy::cpu {
 namespace {
@@ -52,7 +51,6 @@ double normalizer_of(const FocalLossArgs& args, const Labels& labels) {
 }
 
 FocalSums run(const FocalLossArgs& args, const Labels& labels) {
-  prefer_huge_pages(args.grad_input, args.shape.bytes());
   return args.form == FocalForm::kSigmoid ? sigmoid_focal_loss(args, labels.num_ignored)
                                           : softmax_focal_loss(args);
 }

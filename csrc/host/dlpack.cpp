@@ -93,6 +93,14 @@ DLTensor require_tensor(py::handle tensor, const char* name) {
                        std::string(py::str(py::type::of(tensor))));
 }
 
+py::object to_tensor(DLManagedTensorVersioned* managed) {
+  void* tensor = nullptr;
+  if (exchange_api().managed_tensor_to_py_object_no_sync(managed, &tensor) != 0) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
+}
+
 void* current_stream(DLDevice device) {
   if (device.device_type != kDLCUDA) return nullptr;
   void* stream = nullptr;

@@ -27,6 +27,9 @@ py::object grad_of(PyObject* tensor);
 // As read_tensor, for tensors that have to be readable.
 DLTensor require_tensor(py::handle tensor, const char* name);
 
+// A tensor of the memory that `managed` describes; its deleter runs when torch needs it no more.
+py::object to_tensor(DLManagedTensorVersioned* managed);
+
 // The stream that torch works on, for a CUDA device; null for a CPU.
 void* current_stream(DLDevice device);
 

@@ -7,6 +7,7 @@
 #include "clip_grad_norm.h"
 #include "device.h"
 #include "focal_loss.h"
+#include "results.h"
 
 #ifdef FASTREMEDY_EMULATION
 #define FASTREMEDY_MODULE _emulation
@@ -32,4 +33,7 @@ PYBIND11_MODULE(FASTREMEDY_MODULE, module) {
   host::bind_batch_norm_relu(module);
   host::bind_focal_loss(module);
   host::bind_activation_stats(module);
+#ifndef FASTREMEDY_EMULATION
+  host::bind_results(module);
+#endif
 }

@@ -15,6 +15,7 @@ from . import batch_norm_relu as definition
 from .batch_norm_relu import ACTIVATIONS, BOTH, FINISH, REDUCE
 from .dispatch import triton_kernels, workspace
 from .layouts import is_channels_last, like
+from .memory import empty_like
 
 STEM = "batch_norm_relu"
 
@@ -97,7 +98,7 @@ def forward(
 ) -> Forward:
     """Normalise an input that has a kernel layout; update running statistics if training."""
     training, momentum, eps, activation, negative_slope, wants_mask, wants_dead = options
-    output = torch.empty_like(input)
+    output = empty_like(input)
     channels_last = is_channels_last(input)
     saved, mask, dead = new_results(input, channels_last, wants_mask, wants_dead)
     if input.numel() == 0 and phase == BOTH:
@@ -178,8 +179,8 @@ def new_grads(
     """Return memory for the gradients that are wanted."""
     wants_input, wants_residual, wants_weight, wants_bias = wants
     return Backward(
-        torch.empty_like(input) if wants_input else None,
-        torch.empty_like(input) if wants_residual else None,
+        empty_like(input) if wants_input else None,
+        empty_like(input) if wants_residual else None,
         torch.empty_like(weight) if wants_weight and weight is not None else None,
         torch.empty_like(bias) if wants_bias and bias is not None else None,
     )

@@ -11,6 +11,7 @@ from . import focal_loss_dispatch as dispatch
 from .dispatch import is_plain
 from .focal_loss import REDUCTIONS, ClassVectors, Options, composite
 from .layouts import like
+from .memory import empty_like
 
 
 class FocalLoss(torch.autograd.Function):
@@ -36,7 +37,7 @@ class FocalLoss(torch.autograd.Function):
         """Return the loss and, if wanted, statistics."""
         classes = ClassVectors(alpha, weight, pos_weight)
         is_fused = backend == "cpu" and REDUCTIONS[options.reduction] != "none"
-        ctx.grad_input = torch.empty_like(input) if is_fused else None
+        ctx.grad_input = empty_like(input) if is_fused else None
         loss, saved, normalizer, stats = run_forward(
             input, target, classes, options, loss_dtype, wants_stats, backend, ctx.grad_input
         )
@@ -89,7 +90,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
         grad: Tensor | None = ctx.grad_input
         ctx.grad_input = None
         if grad is None:
-            grad = torch.empty_like(input)
+            grad = empty_like(input)
             run_forward(input, target, classes, options, loss_dtype, False, backend, grad)
         factor = float(grad_output)
         return grad if factor == 1.0 else grad.mul_(factor)

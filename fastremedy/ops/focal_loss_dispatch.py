@@ -14,6 +14,7 @@ from .. import _native, backends
 from . import focal_loss as definition
 from .dispatch import triton_kernels, workspace
 from .focal_loss import REDUCTIONS, ClassVectors, Options
+from .memory import empty_like
 
 STEM = "focal_loss"
 
@@ -87,6 +88,8 @@ def new_results(
         loss = input.new_empty((), dtype=loss_dtype)
     elif options.softmax:
         loss = input.new_empty((input.shape[0], *input.shape[2:]), dtype=loss_dtype)
+    elif loss_dtype == input.dtype:
+        loss = empty_like(input)
     else:
         loss = torch.empty_like(input, dtype=loss_dtype)
     needs_saved = options.softmax and backend in ("cuda", "triton")
@@ -142,7 +145,7 @@ def backward(
     """Return the gradient of the input; ``grad_output`` is in the order of the loss."""
     if backend is None:
         backend = backends.active(STEM, input.device)
-    grad_input = torch.empty_like(input)
+    grad_input = empty_like(input)
     kernels_of(backend).backward(
         grad_output,
         input,

@@ -1,0 +1,52 @@
+#include "results.h"
+
+#ifndef FASTREMEDY_EMULATION  // it is built without the CPU kernels
+#include "../cpu/caching_allocator.h"
+
+namespace fastremedy::host {
+namespace {
+
+// A tensor's memory with its shape and strides, as long as torch needs it.
+struct Result {
+  DLManagedTensorVersioned managed;
+  cpu::MemoryBlock block;
+  std::vector<int64_t> sizes;  // shape, then strides
+
+  static void release(DLManagedTensorVersioned* managed) {
+    const auto* result = static_cast<Result*>(managed->manager_ctx);
+    cpu::release_block(result->block);
+    delete result;
+  }
+};
+
+// A new tensor of the same shape, strides and dtype, or None where there is no memory.
+py::object empty_like(py::handle tensor) {
+  const DLTensor like = require_tensor(tensor, "tensor");
+  const size_t bytes = static_cast<size_t>(numel_of(like)) * like.dtype.bits / 8;
+  const cpu::MemoryBlock block = cpu::allocate_block(bytes);
+  if (block.data == nullptr) return py::none();
+  auto* result = new Result{{}, block, {}};
+  result->sizes.assign(like.shape, like.shape + like.ndim);
+  result->sizes.insert(result->sizes.end(), like.strides, like.strides + like.ndim);
+  DLManagedTensorVersioned& managed = result->managed;
+  managed.version = {1, 0};
+  managed.manager_ctx = result;
+  managed.deleter = &Result::release;
+  managed.dl_tensor = like;
+  managed.dl_tensor.data = block.data;
+  managed.dl_tensor.byte_offset = 0;
+  managed.dl_tensor.shape = result->sizes.data();
+  managed.dl_tensor.strides = result->sizes.data() + like.ndim;
+  return to_tensor(&managed);
+}
+
+}  // namespace
+
+void bind_results(py::module_& module) {
+  module.def("empty_like", &empty_like);
+  module.def("cached_bytes", &cpu::cached_bytes);
+  module.def("empty_cache", &cpu::empty_cache);
+}
+
+}  // namespace fastremedy::host
+#endif
