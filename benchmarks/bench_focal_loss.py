@@ -137,8 +137,8 @@ def _compare(
 
     def step(loss: Loss) -> Callable[[], None]:
         def run() -> None:
-            logits.grad = None
             loss(logits, target).backward()
+            logits.grad = None  # each frees its own: for 131 MB that can take 10 ms
 
         return run
 
