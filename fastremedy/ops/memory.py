@@ -29,9 +29,11 @@ def empty_cache() -> None:
     """Give memory of results that no tensor uses any more back to the operating system.
 
     Results of 2 MB and more on the CPU (outputs of :class:`fastremedy.nn.BatchNormReLU2d`,
-    gradients of losses) stay cached for the next step. Never more is held than results took at
-    once, and the operating system takes it back by itself when memory gets short, so calling this
-    is not needed; it makes the memory of a process that others look at smaller.
+    gradients of losses) leave their memory to the next step. Never more is kept than was once in
+    use, and what is over 1 GB the operating system takes back by itself when it needs it. So
+    training need not call this; between training and something else it makes the process smaller.
+
+    ``Tensor.resize_`` refuses such a result, as it refuses memory of numpy.
 
     Equivalent to :func:`torch.cuda.empty_cache`, for the CPU.
 
