@@ -116,8 +116,9 @@ class Accumulator {
 
  private:
   void add_stretch(const T* values, int64_t n) {
-    const StretchSums<T> sums = tables_ ? sum_stretch<true>(values, n, pilot_, tables_)
-                                        : sum_stretch<false>(values, n, pilot_, tables_);
+    const StretchSums<T> sums = tables_        ? sum_stretch<true>(values, n, pilot_, tables_)
+                                : has_avx512() ? sum_stretch_avx512(values, n, pilot_)
+                                               : sum_stretch<false>(values, n, pilot_, tables_);
     if (!sums.has_lost(pilot_)) {
       const double unit = 1 / static_cast<double>(pilot_.scale);
       powers_.s1 += static_cast<double>(sums.powers.s1) * unit;

@@ -39,11 +39,23 @@ struct StretchSums {
 inline constexpr int64_t kNumTables = 4;
 inline constexpr int64_t kTableSize = kNumBuckets + 256;
 
+template <class T, int kBytes>
+struct WideVectorOf;
+template <int kBytes>
+struct WideVectorOf<float, kBytes> {
+  typedef float Type __attribute__((vector_size(kBytes)));
+};
+template <int kBytes>
+struct WideVectorOf<double, kBytes> {
+  typedef double Type __attribute__((vector_size(kBytes)));
+};
+
 // Buckets are counted in the same loop if there are tables: they keep other parts of the CPU busy.
-template <bool kHasTables, class T>
-FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t n, Pilot<T> pilot,
-                                             uint32_t* __restrict tables) {
-  using Vector = typename VectorOf<T>::Type;
+template <int kVectorBytes, bool kHasTables, class T>
+inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __restrict values,
+                                                                 int64_t n, Pilot<T> pilot,
+                                                                 uint32_t* __restrict tables) {
+  using Vector = typename WideVectorOf<T, kVectorBytes>::Type;
   using Mask = decltype(Vector{} < Vector{});
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   constexpr int64_t kWidth = sizeof(Vector) / sizeof(T);
@@ -113,5 +125,35 @@ FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* __restrict values, int64_t
   }
   return sums;
 }
+
+template <bool kHasTables, class T>
+FASTREMEDY_CLONES StretchSums<T> sum_stretch(const T* values, int64_t n, Pilot<T> pilot,
+                                             uint32_t* tables) {
+  return sum_vectors<32, kHasTables>(values, n, pilot, tables);
+}
+
+// Without tables the loop is bound by the number of instructions. Values in cache take 5.6 us
+// instead of 9.3 for 64 K with vectors twice as wide, which only machines with_avx512() have.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+inline bool has_avx512() {
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  return has;
+}
+
+template <class T>
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) StretchSums<T> sum_stretch_avx512(
+    const T* values, int64_t n, Pilot<T> pilot) {
+  return sum_vectors<64, false, T>(values, n, pilot, nullptr);
+}
+#else
+inline bool has_avx512() { return false; }
+
+template <class T>
+StretchSums<T> sum_stretch_avx512(const T* values, int64_t n, Pilot<T> pilot) {
+  return sum_stretch<false>(values, n, pilot, nullptr);
+}
+#endif
 
 }  // namespace fastremedy::cpu

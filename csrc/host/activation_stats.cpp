@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -20,6 +21,15 @@ namespace {
 
 using Sizes = std::tuple<int64_t, int64_t, int64_t>;  // outer, channels, inner
 
+// A tensor that counts as a whole; false if kernels cannot read it as it lies.
+bool read_whole(PyObject* tensor, int32_t row, DLTensor* view, StatsTensor* out) {
+  DType dtype;
+  if (!read_tensor(tensor, view) || !dtype_of(*view, &dtype)) return false;
+  const int64_t numel = numel_of(*view);
+  *out = {data_of(*view), 1, 1, numel, row, dtype};
+  return is_dense(*view) && !is_negated(tensor, numel);
+}
+
 // Without sizes every tensor counts as a whole. Nothing if kernels cannot read one as it lies, or
 // it is on another device than the first.
 std::optional<std::vector<StatsTensor>> stats_tensors(
@@ -31,14 +41,17 @@ std::optional<std::vector<StatsTensor>> stats_tensors(
   for (size_t i = 0; i < first_rows.size(); ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
     DLTensor view;
-    DType dtype;
-    if (!read_tensor(tensor, &view) || !dtype_of(view, &dtype)) return std::nullopt;
+    StatsTensor found;
+    if (!sizes) {
+      if (!read_whole(tensor, first_rows[i], &view, &found)) return std::nullopt;
+    } else {
+      if (!read_tensor(tensor, &view) || !dtype_of(view, &found.dtype)) return std::nullopt;
+      const auto [outer, channels, inner] = (*sizes)[i];
+      found = {data_of(view), outer, channels, inner, first_rows[i], found.dtype};
+    }
     if (i == 0) device = view.device;
     if (!same_device(view.device, device)) return std::nullopt;
-    const int64_t numel = numel_of(view);
-    if (!sizes && (!is_dense(view) || is_negated(tensor, numel))) return std::nullopt;
-    const auto [outer, channels, inner] = sizes ? (*sizes)[i] : Sizes(1, 1, numel);
-    result.push_back({data_of(view), outer, channels, inner, first_rows[i], dtype});
+    result.push_back(found);
   }
   return result;
 }
@@ -90,12 +103,77 @@ std::optional<std::pair<size_t, size_t>> scratch_size(
 #endif
 }
 
+#ifndef FASTREMEDY_EMULATION
+// Rows on the CPU to which a monitor adds all the time: what stays the same is read once. Methods
+// return false, and have done nothing, if kernels cannot read a tensor as it lies.
+class StatsRows {
+ public:
+  StatsRows(const py::object& armed, const py::object& moments, const py::object& counts,
+            const py::object& histogram)
+      : keepalive_{armed, moments, counts, histogram} {
+    args_.armed = static_cast<const int32_t*>(data_or_null(armed, "armed"));
+    args_.moments = static_cast<double*>(data_or_null(moments, "moments"));
+    args_.counts = static_cast<int64_t*>(data_or_null(counts, "counts"));
+    args_.histogram = static_cast<int64_t*>(data_or_null(histogram, "histogram"));
+  }
+
+  bool add_one(py::handle tensor, int32_t row) const {
+    StatsTensor found;
+    if (!read_on_cpu(tensor.ptr(), row, &found)) return false;
+    run(&found, 1);
+    return true;
+  }
+
+  // Gradients of parameters; those that have none are passed over.
+  bool add_grads(const py::list& params, const std::vector<int32_t>& rows) const {
+    std::vector<py::object> grads;
+    std::vector<StatsTensor> list;
+    grads.reserve(rows.size());
+    list.reserve(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      py::object grad = grad_of(PyList_GET_ITEM(params.ptr(), i));
+      if (grad.is_none()) continue;
+      if (!read_on_cpu(grad.ptr(), rows[i], &list.emplace_back())) return false;
+      grads.push_back(std::move(grad));
+    }
+    run(list.data(), list.size());
+    return true;
+  }
+
+ private:
+  // Subclasses may have no memory of their own.
+  static bool read_on_cpu(PyObject* tensor, int32_t row, StatsTensor* out) {
+    static PyObject* const plain = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+    DLTensor view;
+    return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == plain &&
+           read_whole(tensor, row, &view, out) && view.device.device_type == kDLCPU;
+  }
+
+  void run(const StatsTensor* tensors, size_t count) const {
+    ActivationStatsArgs args = args_;
+    args.tensors = tensors;
+    args.num_tensors = static_cast<int32_t>(count);
+    const py::gil_scoped_release release;
+    cpu::activation_stats(args);
+  }
+
+  std::array<py::object, 4> keepalive_;
+  ActivationStatsArgs args_{};
+};
+#endif
+
 }  // namespace
 
 // Arguments are positional: names would double the time of a call.
 void bind_activation_stats(py::module_& module) {
   module.def("activation_stats_update", &update);
   module.def("activation_stats_scratch_size", &scratch_size);
+#ifndef FASTREMEDY_EMULATION
+  py::class_<StatsRows>(module, "ActivationStatsRows")
+      .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&>())
+      .def("add_one", &StatsRows::add_one)
+      .def("add_grads", &StatsRows::add_grads);
+#endif
 }
 
 }  // namespace fastremedy::host

@@ -34,6 +34,15 @@ def kernel_of(backend: str) -> Callable[..., Any]:
     return entry if backend == "cpu" else _with_scratch(native, entry)
 
 
+def rows_on_cpu(*buffers: Tensor | None) -> Any:
+    """Return rows for the CPU kernels to which many calls add: ``add_one``, ``add_grads``.
+
+    They take tensors as a whole. The methods return False, and have done nothing, if kernels cannot
+    read one as it lies.
+    """
+    return _native.module_for("cpu").ActivationStatsRows(*buffers)
+
+
 def _with_scratch(native: Any, entry: Callable[..., Any]) -> Callable[..., Any]:
     def run(tensors: list[Tensor], sizes: list[Sizes] | None, rows: list[int], *rest: Any) -> bool:
         device = tensors[0].device

@@ -28,15 +28,15 @@ class Hook:
 
     is_passive = True  # for fastremedy.nn.fuse_: the fused output will do
 
-    def __init__(self, see: Callable[..., None] | None = None, row: int = 0) -> None:
+    def __init__(self, see: Callable[[int, Any], None] | None = None, row: int = 0) -> None:
         """Show it as that of a row."""
         self._see = see
         self._row = row
 
-    def __call__(self, *shown: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Be the hook."""
         if self._see is not None:
-            self._see(self._row, *shown)
+            self._see(self._row, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         """Return a hook that does nothing."""
@@ -78,7 +78,7 @@ class Hooks:
     def __init__(
         self,
         layers: list[Layer],
-        see_output: Callable[[int, nn.Module, Any, Any], None],
+        see_output: Callable[[int, Any], None],
         see_fused: Callable[[int, RawStats], None],
         around_step: tuple[StepHook, StepHook],
     ) -> None:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from .. import clip
@@ -243,13 +244,13 @@ class Monitor:
 
     # --- what hooks show ---
 
-    def _see_output(self, row: int, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+    def _see_output(self, row: int, output: Any) -> None:
+        if is_compiling():
             self._see_traced_output(row, output)
             return
         if not is_watched(self._model):
             return
-        if type(output) is Tensor and not self._per_channel and self._recorder.add_one(output, row):
+        if not self._per_channel and self._recorder.add_one(output, row):
             return
         for tensor in tensors_in(output):
             self._recorder.add([tensor], [row])
@@ -323,19 +324,30 @@ class Monitor:
         """Read those parameters and their gradients that this step has not read yet."""
         if not self._unread:
             return
-        unread = [(p, self._unread.pop(id(p))) for p in params if id(p) in self._unread]
+        unread: list[Tensor] = []
+        rows: list[int] = []
+        for param in params:
+            row = self._unread.pop(id(param), None)
+            if row is not None:
+                unread.append(param)
+                rows.append(row)
         found: list[tuple[Tensor, int]] = []
         if self._rows.gradients:
-            for param, row in unread:
-                if (grad := param.grad) is not None:
-                    if grad_scale is not None:
-                        grad = grad / grad_scale.to(grad.device)
-                    found.append((grad, self._rows.first_gradient + row))
+            first = self._rows.first_gradient
+            places = [first + row for row in rows]
+            if grad_scale is not None or not self._recorder.add_grads(unread, places):
+                grads = (param.grad for param in unread)
+                found = [
+                    (g, place) for g, place in zip(grads, places, strict=True) if g is not None
+                ]
+            if grad_scale is not None:
+                found = [(grad / grad_scale.to(grad.device), place) for grad, place in found]
         if self._rows.weights and self._is_full:
-            found += [(param, self._rows.first_weight + row) for param, row in unread]
+            first = self._rows.first_weight
+            found += [(param, first + row) for param, row in zip(unread, rows, strict=True)]
         if found:
-            tensors, rows = map(list, zip(*found, strict=True))
-            self._recorder.add(tensors, rows)
+            tensors, places = map(list, zip(*found, strict=True))
+            self._recorder.add(tensors, places)
 
     # --- what is known ---
 

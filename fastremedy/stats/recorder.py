@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ class _Buffer:
         self.device = device
         self.statistics = Statistics(num_rows, device=device)
         self.armed = torch.ones((), dtype=torch.int32, device=device)  # also for compiled code
-        self.nothing = empty_moments(num_rows, device)
+        self.name = str(device)
+        self._nothing = empty_moments(num_rows, device)
+        self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of the first rows
         self._is_armed = True
         self.begin_step(True)
 
@@ -46,10 +48,10 @@ class _Buffer:
         self.backend = backends.active(dispatch.STEM, self.device)
         self.kernel = dispatch.kernel_of(self.backend)
         self.is_native = self.backend in ("cpu", "cuda")
-        self.is_on_cpu = self.backend == "cpu"
         # armed, moments, counts and histogram
         histogram = self.statistics.histogram if is_full else None
         self.arguments = self._with(None if self._is_armed else self.armed, histogram)
+        self.rows_on_cpu = dispatch.rows_on_cpu(*self.arguments) if self.backend == "cpu" else None
 
     def arm(self, is_armed: bool, is_full: bool) -> None:
         """Settle whether anything is measured, also by captured and compiled code."""
@@ -69,30 +71,19 @@ class _Buffer:
     @property
     def num_bytes(self) -> int:
         """Memory of the rows."""
-        return self.statistics.num_bytes + self.nothing.numel() * 8
+        return self.statistics.num_bytes + self._nothing.numel() * 8
 
-
-class _Fused:
-    """What modules of one device have measured by themselves, in the order of their calls.
-
-    Lists of what is needed, not of what was handed over: a step touches as few objects as possible,
-    for all of them have left the caches.
-    """
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self.ids: list[int] = []
-        self.numels: list[int] = []
-        self.saved: list[Tensor] = []
-        self.dead: list[Tensor] = []
-
-    def append(self, row: int, raw: RawStats) -> None:
-        """Add what a module has measured."""
-        self.rows.append(row)
-        self.ids.append(id(raw))
-        self.numels.append(raw.numel)
-        self.saved.append(raw.saved)
-        self.dead.append(raw.dead)
+    def take(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Return moments and counts of the first rows, which are empty then."""
+        if num_rows not in self._views:
+            tensors = (self.statistics.moments, self.statistics.counts, self._nothing)
+            moments, counts, nothing = (tensor[:num_rows] for tensor in tensors)
+            self._views[num_rows] = moments, counts, nothing
+        moments, counts, nothing = self._views[num_rows]
+        taken = moments.clone(), counts.clone()
+        moments.copy_(nothing)
+        counts.zero_()
+        return taken
 
 
 class Recorder:
@@ -108,17 +99,18 @@ class Recorder:
         self._rows_of_params = rows_of_params
         self._lock = threading.Lock()
         self._buffers: dict[torch.device, _Buffer] = {}
+        self._rows_on_cpu: Any = None
         self._layouts: dict[tuple[int, ...], Tensor] = {}
         self._channels: dict[tuple[int, torch.device], Statistics] = {}
         # Where the parameters of an optimizer's rows are ours, -1 for others; on the host.
         self._places: dict[int, tuple[Rows, Tensor]] = {}
         # What this step has left; what was captured in a graph is there again at every replay.
-        self._fused: defaultdict[torch.device, _Fused] = defaultdict(_Fused)
+        self._fused: list[tuple[int, RawStats]] = []  # in the order of calls
         # The ids of what layers had shown in the step before; their modules keep it alive.
         self.fused_before: dict[int, int] = {}
         self._updates: list[RawUpdateStats] = []
         self._norms: list[tuple[list[int], Tensor]] = []
-        self._captured_fused: defaultdict[torch.device, _Fused] = defaultdict(_Fused)
+        self._captured_fused: list[tuple[int, RawStats]] = []
         self._captured_updates: list[RawUpdateStats] = []
         self._captured_norms: list[tuple[list[int], Tensor]] = []
 
@@ -128,7 +120,12 @@ class Recorder:
         if known is None:
             known = self._buffers[device] = _Buffer(self._num_rows, device)
             known.arm(self._is_armed, self._is_full)
+            self._find_rows_on_cpu()
         return known
+
+    def _find_rows_on_cpu(self) -> None:
+        buffer = self._buffers.get(torch.device("cpu"))
+        self._rows_on_cpu = None if buffer is None else buffer.rows_on_cpu
 
     @property
     def num_bytes(self) -> int:
@@ -138,14 +135,21 @@ class Recorder:
 
     # --- what hooks hand over ---
 
-    def add_one(self, tensor: Tensor, row: int) -> bool:
-        """Add a tensor in the shortest way; False if that is not open, and nothing has happened."""
-        buffer = self._buffers.get(tensor.device)
-        if buffer is None or not buffer.is_on_cpu:
+    def add_one(self, tensor: object, row: int) -> bool:
+        """Add an output in the shortest way; False if there is none, and nothing has happened."""
+        rows = self._rows_on_cpu
+        if rows is None:
             return False
         with self._lock:
-            done: bool = buffer.kernel([tensor], None, [row], *buffer.arguments)
-        return done
+            return rows.add_one(tensor, row)  # type: ignore[no-any-return]
+
+    def add_grads(self, params: list[Tensor], rows: list[int]) -> bool:
+        """Add the gradients of parameters that have one; the same."""
+        rows_on_cpu = self._rows_on_cpu
+        if rows_on_cpu is None:
+            return False
+        with self._lock:
+            return rows_on_cpu.add_grads(params, rows)  # type: ignore[no-any-return]
 
     def add(self, tensors: list[Tensor], rows: list[int]) -> None:
         """Add tensors to their rows, one launch for each device."""
@@ -186,16 +190,14 @@ class Recorder:
 
     def add_fused(self, layer: int, raw: RawStats) -> None:
         """Take what a BatchNormReLU has measured in its own pass."""
-        device = raw.saved.device
-        with self._lock:
-            self._fused[device].append(layer, raw)
-            if _is_captured(raw.saved):
-                self._captured_fused[device].append(layer, raw)
+        self._fused.append((layer, raw))
+        if _is_captured(raw.saved):
+            self._captured_fused.append((layer, raw))
 
     @property
     def fused_rows(self) -> list[int]:
         """Layers that have shown what they measured in this step."""
-        return [row for fused in self._fused.values() for row in fused.rows]
+        return [row for row, _ in self._fused]
 
     def add_updates(self, raws: Sequence[RawUpdateStats]) -> None:
         """Take what a step of our optimizers has measured."""
@@ -217,28 +219,26 @@ class Recorder:
         self._is_full = is_full
         for buffer in self._buffers.values():
             buffer.begin_step(is_full)
+        self._find_rows_on_cpu()
 
     def arm(self, is_armed: bool) -> None:
         """Settle whether anything is measured, also by captured and compiled code."""
         self._is_armed = is_armed
         for buffer in self._buffers.values():
             buffer.arm(is_armed, self._is_full)
+        self._find_rows_on_cpu()
 
     def take(self, num_rows: int, rows_with_histogram: Sequence[int]) -> Parcel:
         """Return what a step has left in the first rows, and start the next one from nothing."""
         parcel: Parcel = {}
         if len(self._layouts) > _MAX_LAYOUTS:
             self._layouts.clear()
-        for device, buffer in self._buffers.items():
-            statistics = buffer.statistics
-            moments, counts = statistics.moments[:num_rows], statistics.counts[:num_rows]
-            parcel["moments", str(device)] = moments.clone()
-            parcel["counts", str(device)] = counts.clone()
-            moments.copy_(buffer.nothing[:num_rows])
-            counts.zero_()
-            if rows_with_histogram and statistics.histogram is not None:
-                rows = [statistics.histogram[row] for row in rows_with_histogram]
-                parcel["histogram", str(device)] = torch.stack(rows)
+        for buffer in self._buffers.values():
+            name, histogram = buffer.name, buffer.statistics.histogram
+            parcel["moments", name], parcel["counts", name] = buffer.take(num_rows)
+            if rows_with_histogram and histogram is not None:
+                rows = [histogram[row] for row in rows_with_histogram]
+                parcel["histogram", name] = torch.stack(rows)
         self._take_units(parcel)
         self._take_updates(parcel)
         return parcel
@@ -252,20 +252,21 @@ class Recorder:
         return total
 
     def _take_units(self, parcel: Parcel) -> None:
-        for device, fused in (self._fused or self._captured_fused).items():
-            key = (*fused.rows, *fused.numels)
+        by_device: dict[int, list[tuple[int, RawStats]]] = {}
+        for shown in self._fused or self._captured_fused:
+            by_device.setdefault(shown[1].saved.get_device(), []).append(shown)
+        for fused in by_device.values():
+            rows, raws = zip(*fused, strict=True)
+            saved, dead, numels = zip(*raws, strict=True)
+            name = str(saved[0].device)
+            key = (*rows, *numels)
             if key not in self._layouts:
-                sizes = [saved.shape[1] for saved in fused.saved]
-                self._layouts[key] = layout_of(fused.rows, sizes, fused.numels)
-            parcel["fused layout", str(device)] = self._layouts[key]
-            parcel["fused saved", str(device)] = torch.cat(fused.saved, 1)
-            parcel["fused dead", str(device)] = torch.cat(fused.dead)
-        self.fused_before = {
-            row: shown
-            for fused in self._fused.values()
-            for row, shown in zip(fused.rows, fused.ids, strict=True)
-        }
-        self._fused = defaultdict(_Fused)
+                self._layouts[key] = layout_of(rows, [s.shape[1] for s in saved], numels)
+            parcel["fused layout", name] = self._layouts[key]
+            parcel["fused saved", name] = torch.cat(saved, 1)
+            parcel["fused dead", name] = torch.cat(dead)
+        self.fused_before = {row: id(raw) for row, raw in self._fused}
+        self._fused = []
         for device in {device for _, device in self._channels}:
             channels = {row: s for (row, there), s in self._channels.items() if there == device}
             sizes = [statistics.num_rows for statistics in channels.values()]
