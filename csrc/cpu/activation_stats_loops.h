@@ -68,9 +68,9 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
   Mask num_zero = {}, num_negative = {};
   int64_t i = 0;
   while (i + kWidth <= n) {
-    // Equal values round the same way every time: 32 in a row, then the next 32.
+    // Equal values round the same way every time: 8 or 16 in a row, then as many again.
     Vector t1 = {}, t2 = {}, t3 = {}, t4 = {}, t5 = {};
-    const int64_t end = std::min(n - kWidth + 1, i + 32 * kWidth);
+    const int64_t end = std::min<int64_t>(n - kWidth + 1, i + 128);
     for (; i < end; i += kWidth) {
       if constexpr (kHasTables) {
         for (int64_t k = 0; k < kWidth; ++k) {
@@ -108,7 +108,7 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
     }
     return vector[0];
   };
-  sums.powers = {sum(s1), sum(s2), sum(s3), sum(s4), sum(l1)};
+  PowerSums<T> rest;  // its roundings are small beside those of a sum over all
   sums.num_zero = sum(num_zero);
   sums.num_negative = sum(num_negative);
   for (int64_t k = 0; k < kWidth; ++k) {
@@ -117,12 +117,14 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
   }
   for (; i < n; ++i) {
     if constexpr (kHasTables) ++tables[bucket_of(values[i])];
-    sums.powers.add(values[i], (values[i] - pilot.value) * pilot.scale);
+    rest.add(values[i], (values[i] - pilot.value) * pilot.scale);
     sums.num_zero += values[i] == T(0);
     sums.num_negative += values[i] < T(0);
     sums.min = std::min(sums.min, values[i]);
     sums.max = std::max(sums.max, values[i]);
   }
+  sums.powers = {sum(s1) + rest.s1, sum(s2) + rest.s2, sum(s3) + rest.s3, sum(s4) + rest.s4,
+                 sum(l1) + rest.l1};
   return sums;
 }
 

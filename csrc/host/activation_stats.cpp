@@ -143,7 +143,8 @@ class StatsRows {
  private:
   // Subclasses may have no memory of their own.
   static bool read_on_cpu(PyObject* tensor, int32_t row, StatsTensor* out) {
-    static PyObject* const plain = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+    static PyObject* const plain =
+        py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
     DLTensor view;
     return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == plain &&
            read_whole(tensor, row, &view, out) && view.device.device_type == kDLCPU;
