@@ -139,10 +139,12 @@ def test_compiled_modules_that_measure_themselves(counter: Counter, kind: str) -
     part = monitor.report().parts["activations"]
     assert part.by_step["count"][:, 1].tolist() == [40, 40, 40, 0, 40]
     for place, step in ((0, 0), (2, 2), (4, 3)):
-        hidden = model[0](make_input(step)).detach().double()
+        hidden = model[0](make_input(step)).detach()
+        output = nn.functional.batch_norm(hidden, None, None, training=True).relu().double()
         columns = step_of(part, place, "1")
-        assert columns["mean"] == pytest.approx(hidden.mean().item(), rel=1e-4, abs=1e-6)
-        assert columns["std"] == pytest.approx(hidden.std(correction=0).item(), rel=1e-4)
+        assert columns["mean"] == pytest.approx(output.mean().item(), rel=1e-4, abs=1e-6)
+        assert columns["std"] == pytest.approx(output.std(correction=0).item(), rel=1e-4)
+        assert columns["dead"] == (output == 0).all(0).double().mean().item()
     assert counter.num_graphs <= 2  # the first call finds no statistics on the module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ import fastremedy
 from fastremedy.nn import BatchNormReLU1d, BatchNormReLU2d, fuse_, unfuse_
 from fastremedy.stats import Monitor
 
-from .monitor_reference import state_of, step_of
+from .monitor_reference import counts_of, state_of, step_of
 
 
 def make_net(*, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, relu: bool = True) -> nn.Module:
@@ -26,22 +27,36 @@ def images(step: int = 0, size: int = 4) -> Tensor:
     return torch.randn(size, 2, 7, 7, generator=generator) * (1 + step) + step
 
 
+FREE = ("count", "zeros", "negatives", "dead", "diversity")  # from the pass of the module
+
+
 def expected_of(inputs: list[Tensor], norm: nn.Module) -> dict[str, float]:
-    """Return what a BatchNorm with ReLU tells, by torch in float64; every call has its batch."""
+    """Return what a BatchNorm with ReLU puts out, by torch in float64; every call has its batch.
+
+    Diversity is that of the inputs.
+    """
     xs = [x.detach().cpu().double() for x in inputs]
     assert isinstance(norm.weight, Tensor)
     weight, bias = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
     outputs = [nn.functional.batch_norm(x, None, None, weight, bias, True).relu() for x in xs]
     x, y = (torch.cat([t.movedim(1, 0).flatten(1) for t in ts], 1) for ts in (xs, outputs))
-    var = x.var(correction=0)
     return {
-        "count": x.numel(),
-        "mean": x.mean().item(),
-        "std": var.sqrt().item(),
+        "count": y.numel(),
+        "mean": y.mean().item(),
+        "std": y.std(correction=0).item(),
+        "max": y.max().item(),
         "zeros": (y == 0).double().mean().item(),
+        "negatives": 0.0,
         "dead": (y == 0).all(1).double().mean().item(),
-        "diversity": (x.mean(1).var(correction=0) / var).item(),
+        "diversity": (x.mean(1).var(correction=0) / x.var(correction=0)).item(),
     }
+
+
+def check_free(columns: dict[str, float], expected: dict[str, float]) -> None:
+    """Check a step in which the output is not read."""
+    check(columns, {name: expected[name] for name in FREE})
+    for name in ("mean", "std", "skewness", "min", "l1"):
+        assert columns[name] != columns[name], name
 
 
 def check(columns: dict[str, float], expected: dict[str, float]) -> None:
@@ -72,43 +87,84 @@ def test_free_ride(backend: str, device: torch.device, kind: str) -> None:
     report = monitor.report()
     part = report.parts["activations"]
     for step, columns in enumerate(expected):
-        check(step_of(part, step, "1"), columns)
+        (check_free if step else check)(step_of(part, step, "1"), columns)
         assert columns["dead"] == 2 / 6
     row = part.names.index("1")
-    for name in ("skewness", "min", "l1"):  # what only a read of the output would tell
-        assert part.by_step[name][:, row].isnan().all()
     if kind == "fused":  # its ReLU is not called
         assert part.by_step["count"][:, part.names.index("2")].tolist() == [0, 0, 0]
-    count = sum(columns["count"] for columns in expected)
-    mean = sum(columns["count"] * columns["mean"] for columns in expected) / count
-    assert part.overall["mean"][row].item() == pytest.approx(mean, rel=1e-5)
+    overall = {name: values[row].item() for name, values in part.overall.items()}
+    counts = torch.tensor([columns["count"] for columns in expected], dtype=torch.float64)
+    zeros = torch.tensor([columns["zeros"] for columns in expected], dtype=torch.float64)
+    assert overall["count"] == counts.sum()
+    assert overall["zeros"] == pytest.approx(((counts * zeros).sum() / counts.sum()).item())
+    check(overall, {name: expected[0][name] for name in ("mean", "std", "max")})
+    assert part.histogram is not None
+    assert part.histogram[row].sum() == expected[0]["count"]
 
 
-def test_fused_forward_stays_fused() -> None:
-    for fused_first in (True, False):
-        model = make_net()
-        monitor = Monitor(model)
-        if fused_first:
-            fuse_(model)
-            monitor.attach()
-        else:
-            monitor.attach()
-            fuse_(model)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nn.ReLU, "forward", None)  # not to be called
-            model(images()).sum().backward()
+def test_outputs_are_read_in_full_steps() -> None:
+    model = make_net(norm=BatchNormReLU2d, relu=False)
+    with Monitor(model, full_every=3) as monitor:
+        for step in range(7):
+            assert len(model[1]._forward_hooks) == (step % 3 == 0)
+            model(images(step))
+            monitor.step()
+    part = monitor.report().parts["activations"]
+    is_known = ~part.by_step["mean"][:, 1].isnan()
+    assert is_known.tolist() == [True, False, False, True, False, False, True]
+    of_full_steps = [expected_of([model[0](images(step))], model[1]) for step in (0, 3, 6)]
+    mean = sum(columns["mean"] for columns in of_full_steps) / 3
+    assert part.overall["mean"][1].item() == pytest.approx(mean, rel=1e-5)
+    assert part.overall["count"][1] == 7 * of_full_steps[0]["count"]
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_fused_forward_stays_fused(fused_first: bool) -> None:
+    model = make_net()
+    monitor = Monitor(model)
+    if fused_first:
+        fuse_(model)
+        monitor.attach()
+    else:
+        monitor.attach()
+        fuse_(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", None)  # not to be called
+        model(images()).sum().backward()
+    with contextlib.nullcontext() if fused_first else pytest.warns(UserWarning, match="1 report"):
         monitor.step()
-        part = monitor.report().parts["activations"]
-        hidden = model[0](images())
-        columns = step_of(part, 0, "1")
-        if fused_first:
-            check(columns, expected_of([hidden], model[1]))
-        else:  # an ordinary hook, which sees what the fused module returns
-            output = nn.functional.batch_norm(hidden, None, None, training=True).relu()
-            assert columns["count"] == output.numel()
-            assert columns["mean"] == pytest.approx(output.mean().item(), rel=1e-5)
-            assert columns["negatives"] == 0
-        monitor.detach()
+    part = monitor.report().parts["activations"]
+    expected = expected_of([model[0](images())], model[1])
+    columns = step_of(part, 0, "1")
+    if not fused_first:  # an ordinary hook, which sees what the fused module returns
+        del expected["dead"], expected["diversity"]
+    check(columns, expected)
+    monitor.detach()
+
+
+def test_fused_and_unfused_while_monitored() -> None:
+    """The warning comes once for each change, and names what reports and what does not."""
+    model = nn.Sequential(make_net(), make_net(norm=BatchNormReLU2d, relu=False)[1])
+    before = [set(vars(module)) for module in model.modules()]
+    with Monitor(model, exclude=nn.Conv2d) as monitor:
+        for change in (None, fuse_, None, unfuse_, None):
+            if change is not None:
+                change(model)
+            for is_first in (True, False):
+                model(images())
+                if change is None or not is_first:
+                    monitor.step()
+                    continue
+                with pytest.warns(UserWarning, match=r"0\.1 report") as caught:
+                    monitor.step()
+                assert len(caught) == 1
+                assert ("0.2 are called no more" in str(caught[0].message)) == (change is fuse_)
+                assert caught[0].filename == __file__
+    counts = counts_of(monitor)
+    assert counts["1"] == [600] * 10
+    assert counts["0.1"] == [600] * 6 + [0] + [600] * 3  # whose hook was not there yet
+    assert counts["0.2"] == [600] * 2 + [0] * 4 + [600] * 4
+    assert [set(vars(module)) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 1, 9)])
@@ -133,7 +189,7 @@ def test_values_that_are_not_finite() -> None:
         model(input)
         monitor.step()
     columns = step_of(monitor.report().parts["activations"], 0, "")
-    assert columns["nan"] == 1
+    assert columns["nan"] == 5
     assert columns["count"] == 25
     assert columns["mean"] == pytest.approx(expected["mean"], rel=1e-5)
     assert columns["std"] == pytest.approx(expected["std"], rel=1e-5)
@@ -142,12 +198,15 @@ def test_values_that_are_not_finite() -> None:
 def test_other_activations_have_no_dead_units() -> None:
     model = BatchNormReLU2d(6, activation="silu")
     with Monitor(model) as monitor:
-        model(torch.randn(4, 6, 3, 3))
-        monitor.step()
-    columns = step_of(monitor.report().parts["activations"], 0, "")
-    assert columns["count"] == 4 * 6 * 9
-    assert columns["dead"] != columns["dead"]
-    assert columns["zeros"] != columns["zeros"]
+        for _ in range(2):
+            output = model(torch.randn(4, 6, 3, 3))
+            monitor.step()
+            assert (output < 0).any()
+    part = monitor.report().parts["activations"]
+    assert part.by_step["count"].tolist() == [[4 * 6 * 9]] * 2
+    assert part.by_step["dead"].isnan().all()
+    for name in ("zeros", "negatives"):
+        assert part.by_step[name].isnan().tolist() == [[False], [True]]
 
 
 def test_steps_without_a_call_have_nothing() -> None:
@@ -288,7 +347,8 @@ def test_unfused_while_monitored() -> None:
     monitor.step()
     unfuse_(model)
     model(images())
-    monitor.step()
+    with pytest.warns(UserWarning, match="unfuse_"):
+        monitor.step()
     monitor.detach()
     assert type(model[1]) is nn.BatchNorm2d
     assert not {"_watch", "_last", "collect_stats"} & set(vars(model[1]))

@@ -135,8 +135,7 @@ class History:
             span = slice(first, first + len(names))
             moments, counts = numbers["moments"][:, span], numbers["counts"][:, span]
             by_step = _columns(moments, counts)
-            total = torch.where(counts.isnan().all(0), torch.nan, counts.nansum(0))
-            overall = _columns(_merged(moments), total)
+            overall = _overall(moments, counts)
             if name == "activations":
                 _add_units(numbers, by_step, overall)
             report.parts[name] = Part(names, by_step, overall, numbers["histogram"][span])
@@ -194,10 +193,9 @@ class History:
             elif what in ("fused", "units"):
                 layers, sums = tensor[:, 0].long(), tensor[:, 1:]
                 if what == "fused":
-                    fused = empty_moments(len(moments))
-                    fused[layers] = _moments_of_units(sums)
-                    moments = merge(moments, fused)
-                    self._add_fused_counts(counts, layers, sums)
+                    unread = moments[layers, 0] == 0
+                    moments[layers[unread]] = _moments_of_units(sums[unread])
+                    self._add_fused_counts(counts, layers[unread], sums[unread])
                 dead[layers], diversity[layers] = self._health_of_units(what, layers, sums)
             elif what == "updates":
                 _place(updates, kept["update rows", where], tensor)
@@ -208,7 +206,8 @@ class History:
 
     def _is_relu(self, layers: Tensor) -> Tensor:
         modules = [self.rows.layers[row].module for row in layers.tolist()]
-        return torch.tensor([getattr(module, "activation", "") == "relu" for module in modules])
+        is_relu = [getattr(module, "activation", "") == "relu" for module in modules]
+        return torch.tensor(is_relu, dtype=torch.bool)
 
     def _add_fused_counts(self, counts: Tensor, layers: Tensor, sums: Tensor) -> None:
         zeros, nonfinite = sums[:, UNIT_SUMS.index("zeros") - 1], sums[:, -1]
@@ -265,13 +264,21 @@ def _columns(moments: Tensor, counts: Tensor) -> dict[str, Tensor]:
 
 
 def _moments_of_units(sums: Tensor) -> Tensor:
-    """Return moments ``[n, 8]`` of the values of all units of a layer; NaN what they do not say."""
-    units, count, mean, between, within = sums[:, :5].unbind(1)
+    """Return moments ``[n, 8]`` of outputs of which units tell the number alone; NaN the rest."""
     moments = sums.new_full((len(sums), len(MOMENTS)), torch.nan)
-    moments[:, 0] = count
-    moments[:, 1] = mean
-    moments[:, 2] = (between + within) * count / units
+    moments[:, 0] = sums[:, UNIT_SUMS.index("count") - 1]
     return moments
+
+
+def _overall(moments: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Return the columns of all steps together; moments are of the steps that know them."""
+    number = moments[..., 0].sum(0)
+    total = torch.where(counts.isnan().all(0), torch.nan, counts.nansum(0))
+    nothing = empty_moments(moments.shape[1]).expand_as(moments)
+    is_known = ~moments[..., 1:2].isnan()
+    columns = _columns(_merged(torch.where(is_known, moments, nothing)), total)
+    shares = {"zeros": total[:, 0] / number, "negatives": total[:, 1] / number}
+    return {**columns, "count": number, **shares}
 
 
 def _merged(moments: Tensor) -> Tensor:

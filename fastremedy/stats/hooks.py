@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..functional.batch_norm_relu import RawStats
 from ..nn.batch_norm_relu import _BatchNormReLU
-from .selection import Layer
+from .selection import Layer, uncalled
 
 StepHook = Callable[[Optimizer, Any, Any], None]
 
@@ -77,12 +78,14 @@ class Hooks:
 
     def __init__(
         self,
+        model: nn.Module,
         layers: list[Layer],
         see_output: Callable[[int, Any], None],
         see_fused: Callable[[int, RawStats], None],
         around_step: tuple[StepHook, StepHook],
     ) -> None:
         """Install nothing yet."""
+        self._model = model
         self._layers = layers
         self._see_output = see_output
         self._see_fused = see_fused
@@ -91,14 +94,21 @@ class Hooks:
         self._on_outputs: dict[int, RemovableHandle] = {}
         self._fused: dict[int, tuple[_BatchNormReLU, Watch]] = {}
         self._known: dict[int, RawStats | None] = {}
+        self._classes: dict[int, type[nn.Module]] = {}  # of norms, which fuse_ and unfuse_ change
 
     @property
     def are_installed(self) -> bool:
         """Whether there are all hooks."""
         return bool(self._on_steps)
 
-    def install(self) -> None:
-        """Install the hooks; modules of ours start to measure by themselves."""
+    def install(self, sees_fused: bool) -> None:
+        """Install the hooks; modules of ours start to measure by themselves.
+
+        Their outputs are seen, too, with ``sees_fused``.
+        """
+        changed = self.changed()
+        if changed:
+            self._warn(changed)
         before_step, after_step = self._around_step
         self._on_steps = [
             register_optimizer_step_pre_hook(before_step),
@@ -106,8 +116,8 @@ class Hooks:
         ]
         for row, layer in enumerate(self._layers):
             module = layer.module
-            if row in self._on_outputs:
-                continue
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                self._classes[row] = type(module)
             if isinstance(module, _BatchNormReLU) and module.training:
                 watch = module._watch
                 if not isinstance(watch, Watch) or not watch.watching:  # by another monitor
@@ -118,8 +128,40 @@ class Hooks:
                 self._fused[row] = module, watch
                 self._known[row] = module._last
             else:
-                hook = Hook(self._see_output, row)
-                self._on_outputs[row] = module.register_forward_hook(hook)
+                self._hook(row)
+        self.see_fused_outputs(sees_fused)
+
+    def _hook(self, row: int) -> None:
+        if row not in self._on_outputs:
+            hook = Hook(self._see_output, row)
+            self._on_outputs[row] = self._layers[row].module.register_forward_hook(hook)
+
+    def see_fused_outputs(self, sees: bool) -> None:
+        """See outputs of modules that measure by themselves, or no longer."""
+        for row in self._fused:
+            if sees:
+                self._hook(row)
+            elif row in self._on_outputs:
+                self._on_outputs.pop(row).remove()
+
+    def changed(self) -> list[str]:
+        """Return the names of norms whose class is no more what it was when it got its hooks."""
+        layers = self._layers
+        return [
+            layers[row].name
+            for row, known in self._classes.items()
+            if type(layers[row].module) is not known
+        ]
+
+    def _warn(self, changed: list[str]) -> None:
+        silent = uncalled(self._model, self._layers)
+        rest = f"; {', '.join(silent)} are called no more and have nothing to report"
+        warnings.warn(
+            "fuse_ or unfuse_ was called after the monitor was attached. From the next step on "
+            f"{', '.join(changed)} report as what they are now{rest if silent else ''}",
+            UserWarning,
+            stacklevel=4,
+        )
 
     def remove(self, keeps_outputs: bool = False) -> None:
         """Leave modules as they were, but for hooks on outputs that are to be kept."""

@@ -45,11 +45,14 @@ class Monitor:
     host on a side stream while training goes on. In steps that are not monitored there are no
     hooks.
 
-    What our own parts know is taken from them instead of reading tensors again. ``BatchNormReLU``
-    and modules after :func:`fastremedy.nn.fuse_` tell mean and variance of their *input*, dead
-    outputs and units with non-finite values (other columns stay unknown; call ``fuse_`` first). The
-    :class:`fastremedy.optim.AdamW` tells norms of updates and which elements moved; other
-    optimizers leave those columns empty. :func:`fastremedy.clip_` tells the norm of each gradient.
+    What our own parts know is taken from them instead of reading tensors again. Outputs of
+    ``BatchNormReLU`` and of BatchNorms after :func:`fastremedy.nn.fuse_`, which are those of the
+    activation, are read in full steps alone. In between these modules tell count, zeros, dead units
+    and units with non-finite values from their own pass; ``diversity`` is that of their input.
+    Activations that are fused away have nothing to report; a model may be fused or unfused while it
+    is monitored, which warns. The :class:`fastremedy.optim.AdamW` tells norms of updates and which
+    elements moved; other optimizers leave those columns empty. :func:`fastremedy.clip_` tells the
+    norm of each gradient.
 
     Gradients are those of parameters, before clipping by :func:`fastremedy.clip_` or by our
     optimizers, without the loss scale.
@@ -75,8 +78,8 @@ class Monitor:
         exclude: the same, for what to leave out.
         per_channel: also keep statistics of every unit (channel), for ``dead`` and ``diversity`` of
             all layers: one more read of every output.
-        full_every: the first of every so many monitored steps is a full one, with weights and with
-            histograms, from which quantiles and saturated outputs follow.
+        full_every: the first of every so many monitored steps is a full one, with weights, outputs
+            of fused modules and histograms, from which quantiles and saturated outputs follow.
         history: number of monitored steps that are kept.
         process_group: ranks whose numbers are taken together when they are read: ``report`` and all
             that is made from it have to be called on every rank. Batches may have any sizes.
@@ -149,7 +152,7 @@ class Monitor:
         self._courier = Courier()
         self._history = History(rows, history)
         around_step = self._before_step, self._after_step
-        self._hooks = Hooks(layers, self._see_output, self._see_fused, around_step)
+        self._hooks = Hooks(model, layers, self._see_output, self._see_fused, around_step)
         self._is_attached = False
         self._num_steps = 0
         self._num_monitored = 0
@@ -219,6 +222,11 @@ class Monitor:
             if is_full or self._is_full:
                 self._is_full = is_full
                 self._recorder.begin_step(is_full)
+                if not self._is_compiled:
+                    self._hooks.see_fused_outputs(is_full)
+            if self._hooks.changed():
+                self._hooks.remove(keeps_outputs=self._is_compiled)
+                self._hooks.install(self._is_full or self._is_compiled)
             self._begin_step()
         self._history.add(self._courier.arrived())
         self._num_steps += 1
@@ -233,7 +241,7 @@ class Monitor:
     def _arm(self, is_armed: bool) -> None:
         self._recorder.arm(is_armed)
         if is_armed:
-            self._hooks.install()
+            self._hooks.install(self._is_full or self._is_compiled)
             clip.observers.append(self)
         elif self._hooks.are_installed:
             self._hooks.remove(keeps_outputs=self._is_compiled)
@@ -269,17 +277,7 @@ class Monitor:
             return
         self._is_compiled = True  # code without hooks would not see that they are back
         for tensor in tensors_in(output):
-            buffer = self._recorder.buffer(tensor.device)
-            statistics = buffer.statistics
-            torch.ops.fastremedy.activation_stats_(
-                [tensor.detach()],
-                [row],
-                False,
-                buffer.armed,
-                statistics.moments,
-                statistics.counts,
-                statistics.histogram,
-            )
+            self._recorder.add_traced(tensor, row)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """See an optimizer about to step; with a closure there are no gradients yet."""

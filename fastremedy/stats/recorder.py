@@ -50,7 +50,7 @@ class _Buffer:
         self.is_native = self.backend in ("cpu", "cuda")
         # armed, moments, counts and histogram
         histogram = self.statistics.histogram if is_full else None
-        self.arguments = self._with(None if self._is_armed else self.armed, histogram)
+        self.arguments = self.with_flag(None if self._is_armed else self.armed, histogram)
         self.rows_on_cpu = dispatch.rows_on_cpu(*self.arguments) if self.backend == "cpu" else None
 
     def arm(self, is_armed: bool, is_full: bool) -> None:
@@ -59,13 +59,14 @@ class _Buffer:
         self._is_armed = is_armed
         self.begin_step(is_full)
 
-    def _with(self, armed: Tensor | None, histogram: Tensor | None) -> Arguments:
+    def with_flag(self, armed: Tensor | None, histogram: Tensor | None) -> Arguments:
+        """Return arguments of the operator: a flag that arms it, where it adds, and a histogram."""
         return armed, self.statistics.moments, self.statistics.counts, histogram
 
     def arguments_now(self) -> Arguments:
         """Return the arguments for a launch that a CUDA graph may be capturing."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return self._with(self.armed, self.statistics.histogram)
+            return self.with_flag(self.armed, self.statistics.histogram)
         return self.arguments
 
     @property
@@ -172,6 +173,12 @@ class Recorder:
                 dispatch.update(
                     memories, their_rows, False, *buffer.arguments_now(), buffer.backend
                 )
+
+    def add_traced(self, tensor: Tensor, row: int) -> None:
+        """Become part of compiled code, which adds a tensor if the device's flag says so."""
+        buffer = self.buffer(tensor.device)
+        rest = buffer.with_flag(buffer.armed, buffer.statistics.histogram)
+        torch.ops.fastremedy.activation_stats_([tensor.detach()], [row], False, *rest)
 
     def add_units(self, layer: int, tensor: Tensor) -> None:
         """Add a tensor ``[N, C, *]`` to statistics of the units of a layer.

@@ -138,6 +138,14 @@ def _matches(name: str, module: nn.Module, patterns: tuple[Pattern, ...]) -> boo
     )
 
 
+def uncalled(model: nn.Module, layers: list[Layer]) -> list[str]:
+    """Return the names of layers that ``fuse_`` has fused away."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    watched = [module for forward in forwards for module in getattr(forward, "watched", ())]
+    ids = {id(module) for module in watched if not isinstance(module, _BatchNormReLU)}
+    return [layer.name for layer in layers if id(layer.module) in ids]
+
+
 def tensors_in(output: object) -> list[Tensor]:
     """Return the tensors of numbers that a module returns, however they are packed."""
     if isinstance(output, Tensor):
