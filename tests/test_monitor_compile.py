@@ -148,6 +148,26 @@ def test_compiled_modules_that_measure_themselves(counter: Counter, kind: str) -
     assert counter.num_graphs <= 2  # the first call finds no statistics on the module
 
 
+def test_attached_again(counter: Counter) -> None:
+    """torch guards nothing where there were no hooks; its cache has to be emptied."""
+    model = make_model()
+    run = torch.compile(model, backend=counter)
+    monitor = Monitor(model).attach()
+    train(run, monitor)
+    monitor.detach()
+    assert not any(module._forward_hooks for module in model.modules())
+    train(run)
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match=r"torch\.compiler\.reset\(\)"):
+        monitor.attach()
+    train(run, monitor)
+    monitor.detach()
+    counts = counts_of(monitor)
+    assert counts
+    for name, (first, second) in counts.items():
+        assert first == second > 0, name
+
+
 @pytest.mark.slow
 def test_inductor() -> None:
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ import torch
 from fastremedy.ops.activation_stats import histogram_of
 from fastremedy.stats import jsonlines, table
 from fastremedy.stats.layers import Layers, title
-from fastremedy.stats.report import Report
+from fastremedy.stats.report import Part, Report
 
 from .stats_reports import ODD_NAMES, POOR_REPORTS, STEPS, make_part, make_report, plant
 
@@ -157,7 +157,7 @@ def test_colour_and_folded_names_in_terminals(monkeypatch: pytest.MonkeyPatch) -
 # JSON lines
 
 
-def test_lines_read_back_equal() -> None:
+def test_lines_read_back() -> None:
     report = make_report()
     for column in report.parts["activations"].by_step.values():
         column += torch.arange(3)[:, None] / 3
@@ -169,11 +169,13 @@ def test_lines_read_back_equal() -> None:
             assert list(line[kind]) == part.names
             for row, name in enumerate(part.names):
                 for column, values in part.by_step.items():
-                    number = values[i, row].item()
-                    expected = None if math.isnan(number) else number
-                    if column in jsonlines.INTEGERS and expected is not None:
-                        expected = int(expected)
-                    assert line[kind][name][column] == expected
+                    number, written = values[i, row].item(), line[kind][name][column]
+                    if math.isnan(number):
+                        assert written is None
+                    elif column in jsonlines.INTEGERS:
+                        assert written == int(number)
+                    else:
+                        assert written == pytest.approx(number, rel=5e-7, abs=0)
 
 
 def test_lines_after_a_step() -> None:
@@ -195,6 +197,22 @@ def test_lines_are_valid_json(poor_report: Report) -> None:
         read = json.loads(line, parse_constant=refuse)
         for kind, part in poor_report.parts.items():
             assert list(read[kind]) == part.names
+
+
+def test_numbers_are_short() -> None:
+    """7 digits, as float32 has; integers have all of theirs."""
+    values = [1 / 3, -2e-30 / 7, 123456789.4, 2.0**40, 1e30 / 3, 0.0]
+    given = torch.tensor([values], dtype=torch.float64)
+    columns = {"mean": given, "count": torch.full_like(given, 2**33 + 1)}
+    part = Part([str(i) for i in range(len(values))], columns, {})
+    (text,) = jsonlines.lines(Report([7], {"activations": part}))
+    rows = json.loads(text)["activations"]
+    for i, value in enumerate(values):
+        assert rows[str(i)]["count"] == 2**33 + 1
+        assert rows[str(i)]["mean"] == pytest.approx(value, rel=5e-7)
+    assert rows["3"]["mean"] == 2**40
+    assert "0.3333333," in text
+    assert "123456800.0," in text
 
 
 def test_counts_are_integers() -> None:

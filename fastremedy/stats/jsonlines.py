@@ -3,7 +3,8 @@
 A line is ``{"step": 120, "activations": {"layer1": {"mean": 0.1, ...}, ...}, ...}``: all that
 ``pandas.json_normalize`` needs for a table of columns like ``activations.layer1.mean``. Names are
 those of ``named_modules()`` and ``named_parameters()``, so that of the model itself is empty. JSON
-has no word for NaN or infinity: both are ``null``, and numbers stay numbers to every reader.
+has no word for NaN or infinity: both are ``null``, and numbers stay numbers to every reader. They
+have 7 digits, as float32 has, unless they are integers.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ def lines(report: Report, after_step: int = -1) -> Iterator[str]:
                 name: _by_name(part, {key: t[index] for key, t in part.by_step.items()})
                 for name, part in report.parts.items()
             }
-            finite = _null_for_non_finite({"step": step, **parts})
-            yield json.dumps(finite, allow_nan=False)
+            yield json.dumps(_short({"step": step, **parts}), allow_nan=False)
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -77,7 +77,10 @@ def _quantiles(histogram: Tensor) -> list[list[float]]:
     return result
 
 
-def _null_for_non_finite(value: Any) -> Any:
+def _short(value: Any) -> Any:
+    """Return a value as it is written."""
     if isinstance(value, dict):
-        return {key: _null_for_non_finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {key: _short(item) for key, item in value.items()}
+    if not isinstance(value, float) or (value.is_integer() and abs(value) < 2**53):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None

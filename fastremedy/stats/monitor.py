@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,9 @@ class Monitor:
     ``BatchNormReLU`` and of BatchNorms after :func:`fastremedy.nn.fuse_`, which are those of the
     activation, are read in full steps alone. In between these modules tell count, zeros, dead units
     and units with non-finite values from their own pass; ``diversity`` is that of their input.
-    Activations that are fused away have nothing to report; a model may be fused or unfused while it
-    is monitored, which warns. The :class:`fastremedy.optim.AdamW` tells norms of updates and which
-    elements moved; other optimizers leave those columns empty. :func:`fastremedy.clip_` tells the
-    norm of each gradient.
+    Activations that are fused away have nothing to report; to fuse or unfuse later warns. Our
+    :class:`fastremedy.optim.AdamW` tells norms of updates and which elements moved, which others do
+    not; :func:`fastremedy.clip_` tells the norm of each gradient.
 
     Gradients are those of parameters, before clipping by :func:`fastremedy.clip_` or by our
     optimizers, without the loss scale.
@@ -61,7 +61,8 @@ class Monitor:
     ``torch.compile`` and in CUDA graphs the monitor has to be attached before compilation or
     capture, in a step that is monitored, as the first is; ``step`` stays outside. Where code is
     compiled hooks stay until ``detach``, and a flag on the device disarms them: nothing is compiled
-    again for ``every``. Compiled code tells nothing of units.
+    again for ``every``. After ``detach`` it is, and that code sees no hook later: call
+    ``torch.compiler.reset()`` before another ``attach``. Compiled code tells nothing of units.
 
     Equivalent to: forward hooks that take statistics of outputs, and loops over the parameters
     before and after the optimizer's step.
@@ -174,6 +175,9 @@ class Monitor:
         """
         if self._is_attached:
             raise RuntimeError("the monitor is attached already")
+        if self._is_compiled:
+            text = "code that was compiled while the monitor was detached tells it nothing, unless"
+            warnings.warn(f"{text} torch.compiler.reset() was called", UserWarning, stacklevel=2)
         self._is_attached = True
         self._begin_step()
         for device in {param.device for param in self._model.parameters()}:
@@ -334,10 +338,8 @@ class Monitor:
             first = self._rows.first_gradient
             places = [first + row for row in rows]
             if grad_scale is not None or not self._recorder.add_grads(unread, places):
-                grads = (param.grad for param in unread)
-                found = [
-                    (g, place) for g, place in zip(grads, places, strict=True) if g is not None
-                ]
+                pairs = zip(unread, places, strict=True)
+                found = [(p.grad, place) for p, place in pairs if p.grad is not None]
             if grad_scale is not None:
                 found = [(grad / grad_scale.to(grad.device), place) for grad, place in found]
         if self._rows.weights and self._is_full:
