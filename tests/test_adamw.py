@@ -159,6 +159,13 @@ def test_param_groups_with_their_own_hyper_parameters(backend: str, device: torc
     )
 
 
+@pytest.mark.parametrize("name", ["eps", "weight_decay"])
+def test_param_groups_that_share_all_but_one(backend: str, device: torch.device, name: str) -> None:
+    params = make_params([(3,), (5,), (7,), (9,)], device=device)
+    groups = [{name: 0.5}, {name: 0.1}]
+    assert_matches_torch("AdamW", params, make_grads(params, 2), groups=groups, lr=0.01)
+
+
 @few_examples
 @given(
     presence=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=6),

@@ -2,6 +2,7 @@
 #include "../core/adamw.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "../core/param_storage.h"
 #include "blocks.h"
@@ -26,6 +27,44 @@ FASTREMEDY_CLONES void update_block(const AdamWCoefficients<T>& coefficients,
     exp_avg_sq[i] = v;
     if (kAmsgrad) max_exp_avg_sq[i] = v_max;
   }
+}
+
+// Those of the last chunk: the next one's are the same, unless its group or its step differs.
+template <class T>
+class KnownCoefficients {
+ public:
+  explicit KnownCoefficients(double grad_factor) : grad_factor_(grad_factor) {}
+
+  const AdamWCoefficients<T>& get(const AdamWHyper& hyper, const AdamWCorrection& correction) {
+    if (&hyper != hyper_ || std::memcmp(&correction, &correction_, sizeof(correction)) != 0) {
+      coefficients_ = adamw_coefficients<T>(hyper, correction, grad_factor_);
+      hyper_ = &hyper;
+      correction_ = correction;
+    }
+    return coefficients_;
+  }
+
+ private:
+  const double grad_factor_;
+  const AdamWHyper* hyper_ = nullptr;
+  AdamWCorrection correction_{};
+  AdamWCoefficients<T> coefficients_{};
+};
+
+// Whether a chunk can be updated where it is: nothing to convert, nothing to measure.
+template <class T>
+bool is_plain(const AdamWArgs& args, const AdamWTensor& tensor, const GradTensor& grad) {
+  constexpr DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+  return tensor.param_dtype == dtype && grad.dtype == dtype && tensor.state_dtype == dtype &&
+         tensor.max_exp_avg_sq == nullptr && args.update_stats == nullptr;
+}
+
+template <class T>
+void update_plain(const AdamWTensor& tensor, const GradTensor& grad,
+                  const AdamWCoefficients<T>& coefficients, int64_t begin, int64_t end) {
+  const auto at = [begin](void* data) { return static_cast<T*>(data) + begin; };
+  update_block<false, T>(coefficients, at(grad.data), at(tensor.param), at(tensor.exp_avg),
+                         at(tensor.exp_avg_sq), nullptr, end - begin);
 }
 
 template <class Format>
@@ -179,6 +218,34 @@ void update_chunk(const AdamWArgs& args, const AdamWTensor& tensor, const GradTe
   }
 }
 
+template <class T>
+void update(const AdamWArgs& args, int32_t i, KnownCoefficients<T>& known) {
+  const Chunk chunk = args.norm.chunks[i];
+  const GradTensor& grad = args.norm.grads[chunk.tensor];
+  const AdamWTensor& tensor = args.tensors[chunk.tensor];
+  const AdamWCoefficients<T>& coefficients =
+      known.get(args.hypers[tensor.group], args.corrections[chunk.tensor]);
+  const int64_t begin = chunk.index * kChunkSize;
+  const int64_t end = std::min(begin + kChunkSize, tensor.numel);
+  if (is_plain<T>(args, tensor, grad)) {
+    update_plain(tensor, grad, coefficients, begin, end);
+  } else {
+    UpdateStats* const sums = args.update_stats ? args.update_partials + i : nullptr;
+    update_chunk(args, tensor, grad, coefficients, begin, end, sums);
+  }
+}
+
+void fetch_chunk(const AdamWArgs& args, const Chunk& chunk) {
+  const GradTensor& grad = args.norm.grads[chunk.tensor];
+  if (grad.data == nullptr) return;
+  const AdamWTensor& tensor = args.tensors[chunk.tensor];
+  const int64_t begin = chunk.index * kChunkSize;
+  fetch(element_at(grad.data, grad.dtype, begin));
+  fetch(element_at(tensor.param, tensor.param_dtype, begin));
+  fetch(element_at(tensor.exp_avg, tensor.state_dtype, begin));
+  fetch(element_at(tensor.exp_avg_sq, tensor.state_dtype, begin));
+}
+
 void add_partials(const AdamWArgs& args) {
   for (int32_t t = 0; t < args.num_tensors; ++t) {
     if (args.norm.grads[t].data != nullptr) args.update_stats[t] = {};
@@ -219,24 +286,17 @@ void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
 
 void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
   if (args.norm.result->skip) return;
-  const double grad_factor = args.norm.result->grad_factor;
   const auto visit = [&](int32_t first, int32_t last) {
+    KnownCoefficients<float> known(args.norm.result->grad_factor);
+    KnownCoefficients<double> known_double(args.norm.result->grad_factor);
     for (int32_t i = first; i < last; ++i) {
-      const Chunk chunk = args.norm.chunks[i];
-      const GradTensor& grad = args.norm.grads[chunk.tensor];
-      if (grad.data == nullptr) continue;
-      const AdamWTensor& tensor = args.tensors[chunk.tensor];
-      const AdamWHyper& hyper = args.hypers[tensor.group];
-      const AdamWCorrection& correction = args.corrections[chunk.tensor];
-      const int64_t begin = chunk.index * kChunkSize;
-      const int64_t end = std::min(begin + kChunkSize, tensor.numel);
-      UpdateStats* const sums = args.update_stats ? args.update_partials + i : nullptr;
-      if (tensor.param_dtype == DType::kFloat64) {
-        const auto c = adamw_coefficients<double>(hyper, correction, grad_factor);
-        update_chunk(args, tensor, grad, c, begin, end, sums);
+      if (i + kFetchAhead < last) fetch_chunk(args, args.norm.chunks[i + kFetchAhead]);
+      const int32_t t = args.norm.chunks[i].tensor;
+      if (args.norm.grads[t].data == nullptr) continue;
+      if (args.tensors[t].param_dtype == DType::kFloat64) {
+        update(args, i, known_double);
       } else {
-        const auto c = adamw_coefficients<float>(hyper, correction, grad_factor);
-        update_chunk(args, tensor, grad, c, begin, end, sums);
+        update(args, i, known);
       }
     }
   };

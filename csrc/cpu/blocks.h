@@ -16,6 +16,17 @@ void load_half(const uint16_t* stored, float* values, int64_t n);
 template <class Format>
 void store_half(const float* values, uint16_t* stored, int64_t n);
 
+// How many chunks ahead one is asked for: a small one takes 30 ns, memory 100 ns to answer.
+inline constexpr int32_t kFetchAhead = 4;
+
+// Asks for the beginning of an array: the hardware goes on from there, but cannot know where the
+// next tensor lies.
+inline void fetch(const void* data) {
+  for (int line = 0; line < 4; ++line) {
+    __builtin_prefetch(static_cast<const char*>(data) + line * 64);
+  }
+}
+
 inline void* element_at(void* data, DType dtype, int64_t i) {
   return static_cast<char*>(data) + i * element_size(dtype);
 }

@@ -24,9 +24,7 @@ FASTREMEDY_CLONES double sum_of_squares(const T* x, int64_t n) {
     }
   }
   for (; i < n; ++i) sums[i % kLanes] += static_cast<double>(x[i]) * x[i];
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
+  return sum_of<kLanes>(sums);
 }
 
 template <class T>
@@ -37,9 +35,7 @@ FASTREMEDY_CLONES double sum_of_magnitudes(const T* x, int64_t n) {
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += std::fabs(double{x[i + lane]});
   }
   for (; i < n; ++i) sums[i % kLanes] += std::fabs(double{x[i]});
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
+  return sum_of<kLanes>(sums);
 }
 
 // As integers, the bits of non-negative floats are in the order of their values, with NaN on top.
@@ -97,6 +93,11 @@ double chunk_norm(const GradNormArgs& args, const GradTensor& grad, int64_t begi
   return total;
 }
 
+void fetch_chunk(const GradNormArgs& args, const Chunk& chunk) {
+  const GradTensor& grad = args.grads[chunk.tensor];
+  if (grad.data != nullptr) fetch(element_at(grad.data, grad.dtype, chunk.index * kChunkSize));
+}
+
 template <class T>
 FASTREMEDY_CLONES void scale(T* x, int64_t n, T factor) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
@@ -149,6 +150,7 @@ void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges) {
   if (args.kind != NormKind::kNone) {
     const auto visit = [&](int32_t first, int32_t last) {
       for (int32_t i = first; i < last; ++i) {
+        if (i + kFetchAhead < last) fetch_chunk(args, args.chunks[i + kFetchAhead]);
         const GradTensor& grad = args.grads[args.chunks[i].tensor];
         const int64_t begin = args.chunks[i].index * kChunkSize;
         const int64_t end = std::min(begin + kChunkSize, grad.numel);
