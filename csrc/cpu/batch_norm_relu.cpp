@@ -20,8 +20,10 @@ FASTREMEDY_CLONES void count_zeros_in_rows(const Value* __restrict values, int64
 
 template <class Value>
 FASTREMEDY_CLONES void count_zeros_in_columns(const Value* __restrict values, int64_t n,
-                                              int32_t* __restrict zeros) {
-  for (int64_t i = 0; i < n; ++i) zeros[i] += values[i] == Value(0);
+                                              int64_t width, int32_t* __restrict zeros) {
+  for (; n > 0; n -= width, values += width) {
+    for (int64_t i = 0; i < width; ++i) zeros[i] += values[i] == Value(0);
+  }
 }
 
 // Bit i % 8 of byte i / 8 is flags[i]. The product moves bit 8 k of a word to bit 56 + k.
@@ -90,8 +92,8 @@ class Forward : Pass<T> {
 
   void sum_columns(const Tile& tile, T* sums, T* sums_of_squares) const {
     auto input = reader(args_.input);
-    cpu::sum_columns(input.load(tile.begin, tile.size()), tile.size(), &pilot_[tile.column], sums,
-                     sums_of_squares);
+    cpu::sum_columns(input.load(tile.begin, tile.size()), tile.size(), layout_.width(tile),
+                     &pilot_[tile.column], sums, sums_of_squares);
   }
 
   void finish(int64_t begin, int64_t end, const double* sums, const double* sums_of_squares) {
@@ -133,11 +135,11 @@ class Forward : Pass<T> {
 
   void apply_to_columns(const Tile& tile, int32_t* dead) const {
     const auto count_dead = [&](const auto* values) {
-      count_zeros_in_columns(values, tile.size(), dead + tile.column);
+      count_zeros_in_columns(values, tile.size(), layout_.width(tile), dead + tile.column);
     };
     apply(tile, count_dead, [&](auto activation, const T* x, T* y) {
-      normalize_columns<activation.value>(x, y, tile.size(), this->normalizers(tile.column),
-                                          options_);
+      normalize_columns<activation.value>(x, y, tile.size(), layout_.width(tile),
+                                          this->normalizers(tile.column), options_);
     });
   }
 

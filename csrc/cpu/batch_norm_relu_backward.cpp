@@ -62,8 +62,8 @@ class Backward : Pass<T> {
 
   void sum_columns(const Tile& tile, T* sums_g, T* sums_gx) const {
     visit(tile, normalize_tile_of_columns(tile), [&](auto activation, const T* x, const T* grad) {
-      sum_grad_columns<activation.value>(x, grad, tile.size(), normalizers(tile.column), options_,
-                                         sums_g, sums_gx);
+      sum_grad_columns<activation.value>(x, grad, tile.size(), layout_.width(tile),
+                                         normalizers(tile.column), options_, sums_g, sums_gx);
     });
   }
 
@@ -92,8 +92,8 @@ class Backward : Pass<T> {
     apply(tile, normalize_tile_of_columns(tile),
           [&](auto activation, auto batch_statistics, const T* x, const T* grad, T* dx) {
             input_grad_columns<activation.value, batch_statistics.value>(
-                x, grad, dx, tile.size(), normalizers(tile.column), input_grads(tile.column),
-                options_);
+                x, grad, dx, tile.size(), layout_.width(tile), normalizers(tile.column),
+                input_grads(tile.column), options_);
           });
   }
 
@@ -112,8 +112,8 @@ class Backward : Pass<T> {
   }
   auto normalize_tile_of_columns(const Tile& tile) const {
     return [this, &tile](const T* x, T* z) {
-      normalize_columns<Activation::kIdentity>(x, z, tile.size(), normalizers(tile.column),
-                                               options_);
+      normalize_columns<Activation::kIdentity>(x, z, tile.size(), layout_.width(tile),
+                                               normalizers(tile.column), options_);
     };
   }
 

@@ -30,7 +30,9 @@ class Layout {
   explicit Layout(const BatchNormShape& shape)
       : shape_(shape),
         row_size_(std::max<int64_t>(1, shape.row_size())),
-        tile_rows_(std::max<int64_t>(1, kBlockSize / row_size_)),
+        rows_of_period_(shape.channels_last ? repeats(row_size_) : 1),
+        tile_rows_(std::max<int64_t>(1, kBlockSize / (rows_of_period_ * row_size_)) *
+                   rows_of_period_),
         is_serial_(shape.count() * shape.channels <= kSerialElements) {}
 
   int64_t channels() const { return shape_.channels; }
@@ -42,8 +44,11 @@ class Layout {
   // are of rows. Columns are a stream already.
   bool streams() const { return !shape_.channels_last && shape_.bytes() >= kStreamedBytes; }
 
-  // How many numbers of channels the tiles ask for.
-  int64_t period() const { return shape_.channels * (shape_.channels_last ? tile_rows_ : 1); }
+  // How many numbers of channels the tiles ask for; in columns those of a few rows, side by side.
+  int64_t period() const { return shape_.channels * rows_of_period_; }
+
+  // A tile of columns has whole periods, or a part of one.
+  int64_t width(const Tile& tile) const { return std::min(period(), tile.size()); }
 
   template <class T>
   void repeat(LineVector<T>& values) const {
@@ -101,8 +106,19 @@ class Layout {
 
  private:
   static constexpr int64_t kChunkElements = 16384;
-  // One thread is done with as many before another is awake.
-  static constexpr int64_t kSerialElements = 4 * kChunkElements;
+  // One thread is done with as many before another, which waits in a loop, has seen them.
+  static constexpr int64_t kSerialElements = 2 * kChunkElements;
+
+  // Short rows are taken together, for columns that vectors divide.
+  static int64_t repeats(int64_t row_size) {
+    constexpr int64_t kMinWidth = 128, kVector = 16;
+    int64_t rows = 1;
+    while ((rows * row_size < kMinWidth || rows * row_size % kVector != 0) &&
+           (rows + 1) * row_size <= kBlockSize) {
+      ++rows;
+    }
+    return rows;
+  }
 
   // visit(tile) for channels [begin, end) of an image, and columns [first, last).
   template <class Visit>
@@ -223,24 +239,29 @@ class Layout {
     // long to sum up as a few thousand elements.
     const int64_t chunk_elements =
         std::clamp(count() * row_size_ / 32, kChunkElements, 8 * kChunkElements);
-    const int64_t at_least = std::max<int64_t>(32, chunk_elements / row_size_);
-    const int64_t chunk_rows = (at_least + tile_rows_ - 1) / tile_rows_ * tile_rows_;
-    const int64_t num_chunks = (count() + chunk_rows - 1) / chunk_rows;
+    const int64_t at_least =
+        is_serial_ ? count() : std::max<int64_t>(32, chunk_elements / row_size_);
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const int64_t even_rows = count() > 0 ? ceil_div(count(), ceil_div(count(), at_least)) : 1;
+    const int64_t chunk_rows = ceil_div(even_rows, tile_rows_) * tile_rows_;
+    const int64_t num_chunks = ceil_div(count(), chunk_rows);
     const auto for_each_tile = [&](int64_t chunk, const auto& visit) {
       const int64_t last = std::min((chunk + 1) * chunk_rows, count());
-      for (int64_t row = chunk * chunk_rows; row < last; row += tile_rows_) {
-        const int64_t num_rows = std::min(tile_rows_, last - row);
-        for (int64_t column = 0; column < row_size_; column += kBlockSize) {
-          const int64_t size = std::min(kBlockSize, row_size_ - column);
+      // Down the columns: numbers of 1024 channels stay in L1, those of all need not.
+      for (int64_t column = 0; column < row_size_; column += kBlockSize) {
+        const int64_t size = std::min(kBlockSize, row_size_ - column);
+        for (int64_t row = chunk * chunk_rows, num_rows; row < last; row += num_rows) {
+          num_rows = std::min(tile_rows_, last - row);
+          if (num_rows > rows_of_period_) num_rows -= num_rows % rows_of_period_;
           visit(Tile{row * row_size_ + column, size, num_rows, row, column, 0});
         }
       }
     };
     const int64_t channels = shape_.channels;
-    LineVector<double> totals(2 * channels);
+    LineVector<double> partials(2 * channels * (reduces ? std::max<int64_t>(1, num_chunks) : 1));
+    double* const totals = partials.data();  // what the first chunk leaves
     if (reduces) {
       pass.begin_columns();
-      LineVector<double> partials(2 * channels * num_chunks);
       parallel_for(num_chunks, false, is_serial_, [&](int64_t chunk) {
         LineVector<T> first(period()), second(period());
         for_each_tile(chunk, [&](const Tile& tile) {
@@ -254,12 +275,12 @@ class Layout {
           }
         }
       });
-      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
         const double* const partial = &partials[2 * channels * chunk];
         for (int64_t i = 0; i < 2 * channels; ++i) totals[i] += partial[i];
       }
     }
-    pass.finish(0, channels, totals.data(), totals.data() + channels);
+    pass.finish(0, channels, totals, totals + channels);
     if (!applies) return;
     pass.repeat();
     parallel_for(num_chunks, true, is_serial_, [&](int64_t chunk) {
@@ -272,7 +293,7 @@ class Layout {
   }
 
   const BatchNormShape shape_;
-  const int64_t row_size_, tile_rows_;
+  const int64_t row_size_, rows_of_period_, tile_rows_;
   const bool is_serial_;
 };
 

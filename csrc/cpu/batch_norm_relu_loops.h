@@ -29,6 +29,64 @@ struct ActivationOptions {
   T negative_slope;
 };
 
+// element(i, k) for all elements i, k being their place in a period of `width` columns. What
+// belongs to a column stays in registers on the way down.
+template <class T, class Element>
+inline __attribute__((always_inline)) void for_each_in_columns(int64_t n, int64_t width,
+                                                               const Element& element) {
+  if (n == width) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) element(i, i);
+    return;
+  }
+  for (int64_t k = 0; k < width; k += kNumLanes<T>) {
+    for (int64_t i = k; i < n; i += width) {
+#pragma omp simd
+      for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) element(i + lane, k + lane);
+    }
+  }
+}
+
+// By halves: both at once go through the stack, which takes longer than a column.
+template <class T>
+inline __attribute__((always_inline)) void add_lanes(Lanes<T> lanes, T* sums) {
+  lanes.add(Lanes<T>::load(sums));
+  std::memcpy(sums, &lanes.low, sizeof(lanes.low));
+  std::memcpy(sums + kNumLanes<T> / 2, &lanes.high, sizeof(lanes.high));
+}
+
+// Adds the two values of element(i, k, &first, &second) to firsts[k] and seconds[k].
+template <class T, class Element>
+inline __attribute__((always_inline)) void sum_in_columns(int64_t n, int64_t width,
+                                                          T* __restrict firsts,
+                                                          T* __restrict seconds,
+                                                          const Element& element) {
+  if (n == width) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      T first, second;
+      element(i, i, &first, &second);
+      firsts[i] += first;
+      seconds[i] += second;
+    }
+    return;
+  }
+  for (int64_t k = 0; k < width; k += kNumLanes<T>) {
+    Lanes<T> sum, other_sum;
+    for (int64_t i = k; i < n; i += width) {
+      T first[kNumLanes<T>], second[kNumLanes<T>];
+#pragma omp simd
+      for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) {
+        element(i + lane, k + lane, &first[lane], &second[lane]);
+      }
+      sum.add(Lanes<T>::load(first));
+      other_sum.add(Lanes<T>::load(second));
+    }
+    add_lanes(sum, firsts + k);
+    add_lanes(other_sum, seconds + k);
+  }
+}
+
 // --- forward ---
 
 // Adds the first n elements of each row, at most kPilotElements.
@@ -70,13 +128,16 @@ FASTREMEDY_CLONES void sum_rows(const T* __restrict x, int64_t row_size, int64_t
 }
 
 template <class T>
-FASTREMEDY_CLONES void sum_columns(const T* __restrict x, int64_t n, const T* __restrict pilots,
-                                   T* __restrict sums, T* __restrict sums_of_squares) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T d = x[i] - pilots[i];
-    sums[i] += d;
-    sums_of_squares[i] += d * d;
-  }
+FASTREMEDY_CLONES void sum_columns(const T* __restrict x, int64_t n, int64_t width,
+                                   const T* __restrict pilots, T* __restrict sums,
+                                   T* __restrict sums_of_squares) {
+  sum_in_columns(n, width, sums, sums_of_squares,
+                 [&](int64_t i, int64_t k, T* sum, T* sum_of_squares)
+                     __attribute__((always_inline)) {
+                       const T d = x[i] - pilots[k];
+                       *sum = d;
+                       *sum_of_squares = d * d;
+                     });
 }
 
 template <Activation kActivation, class T>
@@ -95,12 +156,13 @@ FASTREMEDY_CLONES void normalize_rows(const T* __restrict x, T* __restrict y, in
 
 template <Activation kActivation, class T>
 FASTREMEDY_CLONES void normalize_columns(const T* __restrict x, T* __restrict y, int64_t n,
-                                         Normalizers<T> c, ActivationOptions<T> options) {
+                                         int64_t width, Normalizers<T> c,
+                                         ActivationOptions<T> options) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
-  for (int64_t i = 0; i < n; ++i) {
-    const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
+  for_each_in_columns<T>(n, width, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+    const T z = normalize(x[i], c.mean[k], c.scale[k], c.shift[k]);
     y[i] = activate<kActivation>(z, threshold, negative_slope);
-  }
+  });
 }
 
 template <class T>
@@ -163,16 +225,16 @@ FASTREMEDY_CLONES_WITHOUT_MASKS void sum_grad_rows(const T* __restrict x, const 
 template <Activation kActivation, class T>
 FASTREMEDY_CLONES_WITHOUT_MASKS void sum_grad_columns(const T* __restrict x,
                                                       const T* __restrict grad, int64_t n,
-                                                      Normalizers<T> c,
+                                                      int64_t width, Normalizers<T> c,
                                                       ActivationOptions<T> options,
                                                       T* __restrict sums_g, T* __restrict sums_gx) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
-  for (int64_t i = 0; i < n; ++i) {
-    const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
-    const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
-    sums_g[i] += g;
-    sums_gx[i] += g * (x[i] - c.mean[i]);
-  }
+  sum_in_columns(n, width, sums_g, sums_gx,
+                 [&](int64_t i, int64_t k, T* g, T* gx) __attribute__((always_inline)) {
+                   const T z = normalize(x[i], c.mean[k], c.scale[k], c.shift[k]);
+                   *g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
+                   *gx = *g * (x[i] - c.mean[k]);
+                 });
 }
 
 template <Activation kActivation, bool kBatchStatistics, class T>
@@ -196,16 +258,16 @@ FASTREMEDY_CLONES_WITHOUT_MASKS void input_grad_rows(const T* __restrict x,
 template <Activation kActivation, bool kBatchStatistics, class T>
 FASTREMEDY_CLONES_WITHOUT_MASKS void input_grad_columns(const T* __restrict x,
                                                         const T* __restrict grad, T* __restrict dx,
-                                                        int64_t n, Normalizers<T> c,
+                                                        int64_t n, int64_t width, Normalizers<T> c,
                                                         InputGrads<T> d,
                                                         ActivationOptions<T> options) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
-  for (int64_t i = 0; i < n; ++i) {
-    const T z = normalize(x[i], c.mean[i], c.scale[i], c.shift[i]);
+  for_each_in_columns<T>(n, width, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+    const T z = normalize(x[i], c.mean[k], c.scale[k], c.shift[k]);
     const T g = activation_grad<kActivation>(z, grad[i], threshold, negative_slope);
-    dx[i] = input_grad_of(kBatchStatistics, g, x[i] - c.mean[i], d.g_scale[i], d.x_scale[i],
-                          d.shift[i]);
-  }
+    dx[i] = input_grad_of(kBatchStatistics, g, x[i] - c.mean[k], d.g_scale[k], d.x_scale[k],
+                          d.shift[k]);
+  });
 }
 
 template <Activation kActivation, class T>
