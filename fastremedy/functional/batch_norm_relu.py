@@ -11,7 +11,11 @@ from torch import Tensor
 from .. import backends
 from ..ops import batch_norm_relu_dispatch as dispatch
 from ..ops.batch_norm_relu import SIGN_IS_ENOUGH, activate, check_activation, composite, other_dims
-from ..ops.batch_norm_relu_autograd import BatchNormReLU, run_forward
+from ..ops.batch_norm_relu_autograd import (
+    BatchNormReLU,
+    apply_eagerly,
+    run_forward,
+)
 from ..ops.dispatch import KERNEL_DTYPES, has_kernels, is_plain, is_traced
 from ..ops.layouts import like, with_kernel_layout
 
@@ -138,11 +142,27 @@ def batch_norm_relu_with_stats(
     group: Any = None,
 ) -> tuple[Tensor, RawStats | None]:
     """Return the output and, if wanted, statistics; ``group`` shares those over its ranks."""
-    vectors = (weight, bias, running_mean, running_var)
-    if residual is not None:
-        _check_residual(residual, input)
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # an average over no batches, as in torch's modules
+    tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    options = dispatch.Options(
+        training, momentum, eps, activation, negative_slope, False, wants_stats
+    )
+    backend = None if group is not None else dispatch.usual_backend(tensors, training, eps)
+    if backend is not None:
+        return _run_kernels(apply_eagerly, tensors, options, None, backend)
+    return _prepare_and_run(tensors, options, group)
+
+
+def _prepare_and_run(
+    tensors: dispatch.ForwardTensors, options: dispatch.Options, group: Any
+) -> tuple[Tensor, RawStats | None]:
+    """Run what can take the tensors, whatever they are; kernels get them in a layout of theirs."""
+    input, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
+    vectors = (weight, bias, running_mean, running_var)
+    training, momentum, eps, activation, negative_slope, _, wants_stats = options
+    if residual is not None:
+        _check_residual(residual, input)
     backend: str | None
     if not _kernels_take(input, vectors, num_batches_tracked):
         backend = "torch"
@@ -202,24 +222,34 @@ def batch_norm_relu_with_stats(
     if residual is not None:
         residual = like(residual, input)
     tensors = (input, residual, *vectors, num_batches_tracked)
-    needs_grad = torch.is_grad_enabled() and any(
-        [t.requires_grad for t in tensors if t is not None]
-    )
-    wants_mask = needs_grad and residual is not None and activation in SIGN_IS_ENOUGH
-    options = dispatch.Options(
-        training, momentum, eps, activation, negative_slope, wants_mask, wants_stats
-    )
-    apply: Callable[..., Any] = BatchNormReLU.apply
+    return _run_kernels(BatchNormReLU.apply, tensors, options, group, backend)
+
+
+def _run_kernels(
+    apply: Callable[..., Any],
+    tensors: dispatch.ForwardTensors,
+    options: dispatch.Options,
+    group: Any,
+    backend: str | None,
+) -> tuple[Tensor, RawStats | None]:
+    """Run kernels on tensors that have one layout; ``apply`` is that of the function."""
+    input, residual = tensors[:2]
     dead: Tensor | None = None
+    needs_grad = torch.is_grad_enabled() and (
+        input.requires_grad or any([t.requires_grad for t in tensors if t is not None])
+    )
     if not needs_grad:
         output, saved, _, dead = run_forward(tensors, options, group, backend)
-    elif wants_stats and backend is None:  # tracers have to see outputs
-        output, saved, dead = apply(*tensors, options, group, backend, None)
     else:
-        stats: list[Tensor] = []
-        output = apply(*tensors, options, group, backend, stats)
-        if stats:
-            saved, dead = stats
+        if residual is not None and options.activation in SIGN_IS_ENOUGH:
+            options = dispatch.Options(*options[:5], True, options.wants_dead)
+        if options.wants_dead and backend is None:  # tracers have to see outputs
+            output, saved, dead = apply(*tensors, options, group, backend, None)
+        else:
+            stats: list[Tensor] = []
+            output = apply(*tensors, options, group, backend, stats)
+            if stats:
+                saved, dead = stats
     if dead is None:
         return output, None
     return output, RawStats(saved, dead, input.numel() // input.shape[1])

@@ -13,11 +13,22 @@ from torch import Tensor
 from .. import _native, backends
 from . import batch_norm_relu as definition
 from .batch_norm_relu import ACTIVATIONS, BOTH, FINISH, REDUCE
-from .dispatch import triton_kernels, workspace
+from .dispatch import is_plain, is_traced, triton_kernels, workspace
 from .layouts import is_channels_last, like
 from .memory import empty_like
 
 STEM = "batch_norm_relu"
+
+# input, residual, weight, bias, running_mean, running_var, num_batches_tracked
+ForwardTensors = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]
 
 
 class Options(NamedTuple):
@@ -59,6 +70,21 @@ def kernels_of(backend: str) -> Kernels:
 def _cpu_kernels() -> Kernels:
     native = _native.module_for("cpu")
     return Kernels(native.batch_norm_relu_forward, native.batch_norm_relu_backward)
+
+
+def usual_backend(tensors: ForwardTensors, training: bool, eps: float) -> str | None:
+    """Return whose native kernels take tensors as they are; None where one has to look closer.
+
+    One call finds out what takes a dozen questions to torch, each as long as a small kernel.
+    """
+    input = tensors[0]
+    if is_traced(input) or not is_plain(input, tensors[1:]):
+        return None
+    backend = backends.active(STEM, input.device)
+    if backend not in ("cpu", "cuda"):
+        return None
+    takes: Callable[..., bool] = _native.module_for(backend).batch_norm_relu_takes
+    return backend if takes(*tensors, training, eps) else None
 
 
 def _with_scratch(
@@ -139,7 +165,10 @@ def new_results(
     """Return memory for ``saved``, ``mask`` and ``dead`` of :class:`Forward`."""
     channels, device = input.size(1), input.device
     wide = torch.float64 if input.dtype is torch.float64 else torch.float32
-    saved = torch.empty((4, channels), dtype=wide, device=device)
+    if input.dtype is wide:  # takes half as long
+        saved = input.new_empty(4, channels)
+    else:
+        saved = torch.empty((4, channels), dtype=wide, device=device)
     mask = dead = None
     if wants_mask:  # rows begin with a new byte
         places = math.prod(input.shape[2:])
