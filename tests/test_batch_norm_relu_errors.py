@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastremedy
+from fastremedy import _native
 from fastremedy.nn import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d
 
 from .reference import assert_same_bits
@@ -155,3 +156,58 @@ def test_sparse_input(backend: str, device: torch.device, layout: torch.layout) 
     x = torch.randn(4, 3, device=device).to_sparse(layout=layout)
     with pytest.raises((RuntimeError, NotImplementedError)):
         batch_norm_relu(x, None, None, training=True)
+
+
+class _Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("input", lambda x: x[:, :, ::2]),
+        ("input", lambda x: x.transpose(2, 3)),
+        ("input", lambda x: x.long()),
+        ("input", lambda x: x.as_subclass(_Subclass)),
+        ("input", lambda x: x[:1, :, :1, :1]),
+        ("input", torch._neg_view),
+        ("residual", lambda x: x[:1]),
+        ("residual", lambda x: x.double()),
+        ("residual", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+        ("residual", torch._neg_view),
+        ("weight", lambda x: x[:-1]),
+        ("weight", lambda x: x.repeat_interleave(2)[::2]),
+        ("weight", lambda x: x.long()),
+        ("bias", lambda x: x[None]),
+        ("bias", lambda x: x.to("meta")),
+        ("running_mean", torch._neg_view),
+        ("running_mean", lambda _: None),
+        ("running_var", lambda x: x.as_subclass(_Subclass)),
+        ("num_batches_tracked", lambda x: x.int()),
+        ("num_batches_tracked", lambda x: x.repeat(2)),
+    ],
+)
+def test_native_look(
+    name: str, change: Callable[[Tensor], Tensor | None], channels_last: bool
+) -> None:
+    native = _native.library()
+    if native is None:
+        pytest.skip(str(_native.error))
+    x = torch.randn(2, 6, 4, 4)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    tensors: dict[str, Tensor | None] = {
+        "input": x,
+        "residual": x.clone(),
+        "weight": torch.nn.Parameter(torch.ones(6)),
+        "bias": torch.zeros(6, dtype=torch.bfloat16),
+        "running_mean": torch.zeros(6),
+        "running_var": torch.ones(6),
+        "num_batches_tracked": torch.tensor(0),
+    }
+    assert native.batch_norm_relu_takes(*tensors.values(), True, 1e-5)
+    tensor = tensors[name]
+    assert tensor is not None
+    tensors[name] = change(tensor)
+    assert not native.batch_norm_relu_takes(*tensors.values(), True, 1e-5)

@@ -30,7 +30,7 @@ class Layout {
   explicit Layout(const BatchNormShape& shape)
       : shape_(shape),
         row_size_(std::max<int64_t>(1, shape.row_size())),
-        rows_of_period_(shape.channels_last ? repeats(row_size_) : 1),
+        rows_of_period_(shape.channels_last ? repeats(shape) : 1),
         tile_rows_(std::max<int64_t>(1, kBlockSize / (rows_of_period_ * row_size_)) *
                    rows_of_period_),
         is_serial_(shape.count() * shape.channels <= kSerialElements) {}
@@ -109,14 +109,15 @@ class Layout {
   // One thread is done with as many before another, which waits in a loop, has seen them.
   static constexpr int64_t kSerialElements = 2 * kChunkElements;
 
-  // Short rows are taken together, for columns that vectors divide.
-  static int64_t repeats(int64_t row_size) {
-    constexpr int64_t kMinWidth = 128, kVector = 16;
+  // Short rows are taken together, for columns that vectors divide. From beyond the caches memory
+  // only comes in its own order: there a tile is one period, without a way down.
+  static int64_t repeats(const BatchNormShape& shape) {
+    constexpr int64_t kMinWidth = 128, kVector = 16, kCachedBytes = int64_t{4} << 20;
+    const int64_t row_size = std::max<int64_t>(1, shape.row_size());
+    const int64_t most = std::max<int64_t>(1, kBlockSize / row_size);
+    if (shape.bytes() > kCachedBytes) return most;
     int64_t rows = 1;
-    while ((rows * row_size < kMinWidth || rows * row_size % kVector != 0) &&
-           (rows + 1) * row_size <= kBlockSize) {
-      ++rows;
-    }
+    while (rows < most && (rows * row_size < kMinWidth || rows * row_size % kVector != 0)) ++rows;
     return rows;
   }
 
