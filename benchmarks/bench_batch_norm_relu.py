@@ -104,10 +104,10 @@ def _step(
     forward: Callable[..., Tensor], modules: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor
 ) -> Callable[[], object]:
     def run() -> None:
+        forward(*inputs).backward(grad)
         modules.zero_grad()
         for tensor in inputs:
-            tensor.grad = None
-        forward(*inputs).backward(grad)
+            tensor.grad = None  # each frees its own
 
     return run
 
