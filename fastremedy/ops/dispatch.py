@@ -18,7 +18,7 @@ from . import shards
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _workspaces: dict[tuple[torch.device, int, str], Tensor] = {}
 
@@ -39,7 +39,7 @@ def is_traced(input: Tensor) -> bool:
     """Whether a tracer, by its mode or its types of tensors, wants to see an operator."""
     return (
         torch.compiler.is_compiling()
-        or type(input) not in _PLAIN_TYPES
+        or type(input) not in PLAIN_TYPES
         or torch._C._len_torch_dispatch_stack() > 0
     )
 

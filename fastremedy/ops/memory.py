@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .dispatch import is_traced
+from .dispatch import PLAIN_TYPES
 
 # What the native library has blocks for: kHugePage of csrc/cpu/caching_allocator.h.
 BLOCK_BYTES = 2 << 20
@@ -17,7 +17,7 @@ def empty_like(tensor: Tensor) -> Tensor:
 
     New memory costs more than the kernels that fill it: the operating system clears every page.
     """
-    if not is_traced(tensor) and tensor.is_cpu and tensor.nbytes >= BLOCK_BYTES:
+    if type(tensor) in PLAIN_TYPES and tensor.nbytes >= BLOCK_BYTES and tensor.is_cpu:
         native = _native.library()
         result: Tensor | None = None if native is None else native.empty_like(tensor)
         if result is not None:
