@@ -5,7 +5,7 @@
 #
 # The stages of correctness run at the same time, then the benchmarks alone. Each has a log and a time
 # limit of its own; none hides another. STAGES names some of them ("build info test memcheck racecheck
-# bench"), TEST_SECONDS is the limit of the tests and the sanitizers (default: 190): where a command
+# large bench"), TEST_SECONDS is the limit of the tests and the sanitizers (default: 190): where a command
 # may not take long, call this several times. $OUT (default: gpu_check_out) receives the logs, summary.json
 # and the result of the benchmarks, to be committed under benchmarks/results/. Where the sources came
 # without git, FASTREMEDY_COMMIT names the commit.
@@ -60,7 +60,7 @@ measure() {
 export -f measure
 export out
 
-wanted=" ${STAGES:-build info test memcheck racecheck bench} "
+wanted=" ${STAGES:-build info test memcheck racecheck large bench} "
 limit=${TEST_SECONDS:-190}
 is_wanted() { [[ $wanted == *" $1 "* ]]; }
 
@@ -70,6 +70,7 @@ is_wanted test && stage test "$limit" "$ours" -m pytest tests --numprocesses 12 
 is_wanted memcheck && stage memcheck "$limit" bash -c 'sanitize memcheck' &
 is_wanted racecheck && stage racecheck "$limit" bash -c 'sanitize racecheck' &
 wait
+is_wanted large && FASTREMEDY_LARGE=1 stage large 60 "$ours" -m pytest tests/test_large.py -k "cuda or triton"
 is_wanted bench && stage bench 160 bash -c measure
 
 printf "[%s]\n" "$(cat "$outcomes"/* | paste -sd,)" >"$out/summary.json"
