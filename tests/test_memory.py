@@ -20,13 +20,15 @@ from torch import Tensor
 
 import fastremedy
 from fastremedy import _native
+from fastremedy.ops import memory
 from fastremedy.ops.memory import BLOCK_BYTES, empty_like
 
 MB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def native() -> Iterator[ModuleType]:
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.setattr(memory, "BLOCK_BYTES", BLOCK_BYTES)
     library = _native.library()
     if library is None:
         pytest.skip("needs the native library")
@@ -109,6 +111,20 @@ def test_is_a_tensor_like_any_other(dtype: torch.dtype, layout: torch.memory_for
     assert (result.share_memory_() == 3).all()
     with torch.inference_mode():
         assert empty_like(like).is_inference()
+
+
+@pytest.mark.parametrize("view", ["sliced", "expanded", "transposed"])
+def test_views_have_results_without_gaps(view: str) -> None:
+    like = torch.empty(2000, 1000)
+    like = {
+        "sliced": like[:, :700],
+        "expanded": like[:1].expand(2000, 1000),
+        "transposed": like.t(),
+    }[view]
+    result = empty_like(like)
+    assert result.stride() == torch.empty_like(like).stride()
+    assert result.untyped_storage().nbytes() == like.numel() * 4
+    result.fill_(1)
 
 
 def test_small_ones_are_torchs_own() -> None:

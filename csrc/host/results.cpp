@@ -19,9 +19,11 @@ struct Result {
   }
 };
 
-// A new tensor of the same shape, strides and dtype, or None where there is no memory.
+// A new tensor of the same shape, strides and dtype. None where there is no memory, or if those
+// strides have gaps.
 py::object empty_like(py::handle tensor) {
   const DLTensor like = require_tensor(tensor, "tensor");
+  if (!is_dense(like)) return py::none();
   const size_t bytes = static_cast<size_t>(numel_of(like)) * like.dtype.bits / 8;
   const cpu::MemoryBlock block = cpu::allocate_block(bytes);
   if (block.data == nullptr) return py::none();
