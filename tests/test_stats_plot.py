@@ -79,6 +79,15 @@ def test_the_scale_covers_what_vanishes_and_is_calm_otherwise() -> None:
     assert (low, high) == (1e-2, 1e2)
 
 
+def test_what_was_not_read_is_as_it_was_in_the_last_full_step() -> None:
+    nan = math.nan
+    values = torch.tensor([[nan, 1.0], [2.0, nan], [nan, nan], [nan, 3.0]], dtype=torch.float64)
+    was_called = torch.tensor([[True, True], [True, True], [True, False], [False, True]])
+    expected = torch.tensor([[nan, 1.0], [2.0, 1.0], [2.0, nan], [nan, 3.0]], dtype=torch.float64)
+    held = plot._held(values, was_called)
+    torch.testing.assert_close(held, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("num", [1, 2, 5])
 def test_joined_steps(num: int) -> None:
     values = torch.tensor([[1.0], [100.0], [math.nan], [10.0], [0.0]]).double()

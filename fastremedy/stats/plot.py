@@ -44,7 +44,9 @@ class Panel:
 def draw(report: Report, path: str | os.PathLike[str]) -> None:
     """Draw activations and updates of layers (rows, input on top) against steps.
 
-    Grey is unknown and red has NaN or infinity. The colour maps are fit for the colour-blind.
+    Grey is unknown and red has NaN or infinity. Between full steps the standard deviation of
+    outputs that fused modules do not show is that of the last one. The colour maps are fit for the
+    colour-blind.
 
     Args:
         report: of a monitor.
@@ -86,18 +88,27 @@ def _activations(layers: Layers) -> list[Panel]:
         return layers.reduce("activations", layers.by_step("activations", column))
 
     non_finite = _non_finite(layers, "activations")
-    std, idle = known("std"), torch.fmax(known("dead"), known("saturated"))
+    counts = known("count")
+    std = _held(known("std"), counts > 0)
+    idle = torch.fmax(known("dead"), known("saturated"))
     heading = "dead or saturated share"
     if idle.isnan().all():
         idle, heading = known("zeros"), "share of zeros"
     # Layers that were never called have nothing to show, as those that fuse_ has fused away.
-    counts = layers.reduce("activations", layers.by_step("activations", "count"))
     rows = [row for row in layers.rows_of("activations") if not (counts[:, row] == 0).all()]
     can_idle = [row for row in rows if not idle[:, row].isnan().all()]
     return _worth_drawing(
         Panel("std of activations", rows, std, non_finite, _log_limits(std)),
         Panel(heading, can_idle, idle, non_finite, (0.0, 1.0), is_log=False),
     )
+
+
+def _held(values: Tensor, was_called: Tensor) -> Tensor:
+    """Return values ``[steps, layers]``; one that was not read is that of the last full step."""
+    steps = torch.arange(len(values)).unsqueeze(1)
+    last = torch.where(values.isnan(), -1, steps).cummax(0).values
+    held = values.gather(0, last.clamp(min=0)).where(last >= 0, torch.nan)
+    return held.where(was_called, values)
 
 
 def _updates(layers: Layers) -> list[Panel]:
