@@ -229,8 +229,6 @@ class Forward : Pass<T> {
 
 }  // namespace
 
-void batch_norm_relu_forward(const BatchNormForwardArgs& args) {
-  run_pass<Forward>(args);
-}
+void batch_norm_relu_forward(const BatchNormForwardArgs& args) { run_pass<Forward>(args); }
 
 }  // namespace fastremedy::cpu

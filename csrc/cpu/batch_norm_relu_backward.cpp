@@ -202,8 +202,6 @@ class Backward : Pass<T> {
 
 }  // namespace
 
-void batch_norm_relu_backward(const BatchNormBackwardArgs& args) {
-  run_pass<Backward>(args);
-}
+void batch_norm_relu_backward(const BatchNormBackwardArgs& args) { run_pass<Backward>(args); }
 
 }  // namespace fastremedy::cpu
