@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fastremedy
 
@@ -32,3 +33,52 @@ def test_long_rows_of_few_channels(shape: tuple[int, ...]) -> None:
         assert one is not None
         assert two is not None
         assert torch.equal(one, two)
+
+
+# Channels last goes down columns of what the caches hold, and along the rows of what they do not.
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 24, 31, 29),
+        (2, 1300, 19, 19),
+        (2, 1300, 31, 29),
+        (3, 2049, 17, 19),
+        (7, 333, 37, 23),
+        (5, 48, 83, 61),
+    ],
+    ids=str,
+)
+def test_channels_last(shape: tuple[int, ...], dtype: torch.dtype, num_threads: int) -> None:
+    if fastremedy.backends.available()["cpu"] is not None:
+        pytest.skip(str(fastremedy.backends.available()["cpu"]))
+    x, residual, grad = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(3)
+    )
+    weight, bias = torch.rand(2, shape[1]) + 0.5
+    exact = [t.double().requires_grad_() for t in (x, residual, weight, bias)]
+    z = F.batch_norm(exact[0], None, None, *exact[2:], training=True) + exact[1]
+    z.relu().backward(grad.double())
+    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        with fastremedy.backends.use("cpu"):
+            y = fastremedy.functional.batch_norm_relu(
+                leaves[0], None, None, *leaves[2:], training=True, residual=leaves[1]
+            )
+            y.backward(grad)
+    finally:
+        torch.set_num_threads(threads)
+    # Signs of z differ where it rounds to 0: z is right to some units in the last place.
+    unsure = z.abs() < 4 * torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), z.relu(), rtol=2 * eps, atol=4 * eps)
+    for leaf, reference in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None
+        assert reference.grad is not None
+        difference = leaf.grad.double() - reference.grad
+        if leaf.dim() == 4:
+            difference = difference.masked_fill(unsure, 0)
+        assert difference.norm() <= 2 * eps * reference.grad.norm()

@@ -109,13 +109,15 @@ class Layout {
   // One thread is done with as many before another, which waits in a loop, has seen them.
   static constexpr int64_t kSerialElements = 2 * kChunkElements;
 
-  // Short rows are taken together, for columns that vectors divide. From beyond the caches memory
-  // only comes in its own order: there a tile is one period, without a way down.
+  // From beyond the caches memory comes fast in its own order only: there is no way down columns.
+  static bool is_cached(const BatchNormShape& shape) { return shape.bytes() <= int64_t{4} << 20; }
+
+  // Short rows are taken together, for columns that vectors divide.
   static int64_t repeats(const BatchNormShape& shape) {
-    constexpr int64_t kMinWidth = 128, kVector = 16, kCachedBytes = int64_t{4} << 20;
+    constexpr int64_t kMinWidth = 128, kVector = 16;
     const int64_t row_size = std::max<int64_t>(1, shape.row_size());
     const int64_t most = std::max<int64_t>(1, kBlockSize / row_size);
-    if (shape.bytes() > kCachedBytes) return most;
+    if (!is_cached(shape)) return most;
     int64_t rows = 1;
     while (rows < most && (rows * row_size < kMinWidth || rows * row_size % kVector != 0)) ++rows;
     return rows;
@@ -248,13 +250,17 @@ class Layout {
     const int64_t num_chunks = ceil_div(count(), chunk_rows);
     const auto for_each_tile = [&](int64_t chunk, const auto& visit) {
       const int64_t last = std::min((chunk + 1) * chunk_rows, count());
-      // Down the columns: numbers of 1024 channels stay in L1, those of all need not.
-      for (int64_t column = 0; column < row_size_; column += kBlockSize) {
-        const int64_t size = std::min(kBlockSize, row_size_ - column);
+      // Down a panel of columns: numbers of 1024 channels stay in L1, those of all need not.
+      const int64_t panel = is_cached(shape_) ? kBlockSize : row_size_;
+      for (int64_t left = 0; left < row_size_; left += panel) {
         for (int64_t row = chunk * chunk_rows, num_rows; row < last; row += num_rows) {
           num_rows = std::min(tile_rows_, last - row);
           if (num_rows > rows_of_period_) num_rows -= num_rows % rows_of_period_;
-          visit(Tile{row * row_size_ + column, size, num_rows, row, column, 0});
+          for (int64_t column = left; column < std::min(left + panel, row_size_);
+               column += kBlockSize) {
+            const int64_t size = std::min(kBlockSize, row_size_ - column);
+            visit(Tile{row * row_size_ + column, size, num_rows, row, column, 0});
+          }
         }
       }
     };
