@@ -19,7 +19,7 @@ namespace {
 
 // Whole pages, so that no two blocks share one.
 constexpr size_t kPage = size_t{64} << 10;
-// So much waits as it is. To write pages that could have been taken costs 10 us for each of 2 MB.
+// So much waits as it is. To write pages that could have been taken costs 20 us for each of 2 MB.
 constexpr size_t kHeldBytes = size_t{1} << 30;
 
 MemoryBlock map_block(size_t bytes) {
