@@ -39,23 +39,12 @@ struct StretchSums {
 inline constexpr int64_t kNumTables = 4;
 inline constexpr int64_t kTableSize = kNumBuckets + 256;
 
-template <class T, int kBytes>
-struct WideVectorOf;
-template <int kBytes>
-struct WideVectorOf<float, kBytes> {
-  typedef float Type __attribute__((vector_size(kBytes)));
-};
-template <int kBytes>
-struct WideVectorOf<double, kBytes> {
-  typedef double Type __attribute__((vector_size(kBytes)));
-};
-
 // Buckets are counted in the same loop if there are tables: they keep other parts of the CPU busy.
 template <int kVectorBytes, bool kHasTables, class T>
 inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __restrict values,
                                                                  int64_t n, Pilot<T> pilot,
                                                                  uint32_t* __restrict tables) {
-  using Vector = typename WideVectorOf<T, kVectorBytes>::Type;
+  using Vector = typename VectorOf<T, kVectorBytes>::Type;
   using Mask = decltype(Vector{} < Vector{});
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   constexpr int64_t kWidth = sizeof(Vector) / sizeof(T);

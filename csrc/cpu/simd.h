@@ -20,18 +20,20 @@
 
 namespace fastremedy::cpu {
 
-// 64 bytes of T, which add up lane by lane: two registers of AVX2. One of 64 bytes is taken apart
-// into single elements where the machine has none.
-template <class T>
+// A register of AVX2. One of 64 bytes is taken apart into single elements where the machine has
+// none.
+template <class T, int kBytes = 32>
 struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float Type __attribute__((vector_size(32)));
+template <int kBytes>
+struct VectorOf<float, kBytes> {
+  typedef float Type __attribute__((vector_size(kBytes)));
 };
-template <>
-struct VectorOf<double> {
-  typedef double Type __attribute__((vector_size(32)));
+template <int kBytes>
+struct VectorOf<double, kBytes> {
+  typedef double Type __attribute__((vector_size(kBytes)));
 };
+
+// 64 bytes of T, which add up lane by lane.
 
 template <class T>
 struct Lanes {

@@ -129,18 +129,9 @@ bool has_plain_type(py::handle tensor) {
   return type == types[0] || type == types[1];
 }
 
-// Whether the elements carry torch's lazy minus sign, which DLPack does not show.
-bool has_minus_sign(py::handle tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
-  if (!answer) throw py::error_already_set();
-  return answer.is(py::bool_(true));
-}
-
 bool read_plain(py::handle tensor, DLTensor* view, DType* dtype) {
   return has_plain_type(tensor) && read_tensor(tensor.ptr(), view) && dtype_of(*view, dtype) &&
-         !has_minus_sign(tensor);
+         !has_minus_sign(tensor.ptr());
 }
 
 // Whether the elements [N, C, *] lie without gaps in the order of memory N, C, * or N, *, C.

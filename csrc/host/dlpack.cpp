@@ -70,13 +70,14 @@ py::object grad_of(PyObject* tensor) {
   return py::reinterpret_steal<py::object>(grad);
 }
 
-bool is_negated(PyObject* tensor, int64_t numel) {
-  if (numel != 1) return false;
+bool has_minus_sign(PyObject* tensor) {
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
   PyObject* answer = PyObject_CallMethodNoArgs(tensor, name);
   if (answer == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(answer).is(py::bool_(true));
 }
+
+bool is_negated(PyObject* tensor, int64_t numel) { return numel == 1 && has_minus_sign(tensor); }
 
 bool read_tensor(PyObject* tensor, DLTensor* out) {
   if (exchange_api().dltensor_from_py_object_no_sync(tensor, out) != 0) {

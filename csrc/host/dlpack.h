@@ -17,8 +17,11 @@ namespace py = pybind11;
 // has no plain memory: sparse tensors, meta tensors, subclasses that wrap others.
 bool read_tensor(PyObject* tensor, DLTensor* out);
 
-// Whether the elements carry torch's lazy minus sign, which DLPack does not show. torch gives it to
-// imaginary parts: views with stride 2, dense only if there is one element. Others are not asked.
+// Whether the elements carry torch's lazy minus sign, which DLPack does not show.
+bool has_minus_sign(PyObject* tensor);
+
+// The same where it is asked of a thousand tensors. torch gives the sign to imaginary parts: views
+// with stride 2, dense only if there is one element. Others are not asked.
 bool is_negated(PyObject* tensor, int64_t numel);
 
 // Returns tensor.grad, a new reference.
