@@ -27,7 +27,7 @@ demo: build
 	$(PY) -m fastremedy demo $(ARGS)
 
 test: build
-	$(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-json=$$($(PY) benchmarks/table.py --path) $(ARGS)

@@ -17,11 +17,19 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
+
+# Workers of pytest-xdist share the cores: with the threads of all of them on each core, tests take
+# half as long again. Those about threads set their number.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // WORKERS)))
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -93,13 +101,21 @@ def _build_emulation(sources: list[Path], include: Path, library: Path) -> None:
     torch_include = Path(torch.__file__).parent / "include"
     includes = [pybind11.get_include(), sysconfig.get_path("include"), torch_include, include]
     flags += [part for path in includes for part in ("-isystem", str(path))]
-    objects = []
-    for source in sources:
+
+    def compile(source: Path) -> str:
         output = library.with_name(f"{source.parent.name}_{source.stem}.o")
         command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(output)]
         subprocess.run(command, check=True)
-        objects.append(str(output))
+        return str(output)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile, sources))
     subprocess.run(["g++", "-shared", *objects, "-o", str(library), "-pthread"], check=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow ones, so that no worker has one left at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(params=["torch", "cpu", "cuda", "triton"])

@@ -65,17 +65,17 @@ def in_group(
     os._exit(0)
 
 
-def run_checks(module: str, world_size: int) -> Failures:
-    """Run all checks of a module in one group of processes: starting it costs seconds."""
+def run_checks(world_size: int, *modules: str) -> Failures:
+    """Run all checks of modules in one group of processes: starting it costs seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(run_rank, world_size, module, folder)
+        spawn(run_rank, world_size, modules, folder)
         failures: Failures = json.loads(Path(folder, "failures.json").read_text())
     return failures
 
 
-def run_rank(rank: int, world_size: int, module: str, folder: str) -> None:
+def run_rank(rank: int, world_size: int, modules: Sequence[str], folder: str) -> None:
     """Run all checks on all backends; write what failed, by name, to ``failures.json``."""
-    checks: Checks = importlib.import_module(module).CHECKS
+    checks = {k: v for m in modules for k, v in importlib.import_module(m).CHECKS.items()}
     failures = {}
     for backend in BACKENDS:
         if fastremedy.backends.reason_against(backend, "cpu") is not None:

@@ -20,7 +20,7 @@ from .process_group import BACKENDS, Failures, assert_none_failed, run_checks
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{}_ranks".format)
 def failures(request: pytest.FixtureRequest) -> Failures:
-    return run_checks("tests.data_parallel_checks", request.param)
+    return run_checks(request.param, "tests.data_parallel_checks")
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -12,15 +12,19 @@ from . import sharded_checkpoint_checks, sharded_norm_checks, sharded_optimizer_
 from .process_group import BACKENDS, Failures, assert_none_failed, run_checks
 
 MODULES = (sharded_norm_checks, sharded_optimizer_checks, sharded_checkpoint_checks)
-CHECKS = [(module.__name__, name) for module in MODULES for name in module.CHECKS]
+NAMES = [name for module in MODULES for name in module.CHECKS]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{}_ranks".format)
-def failures(request: pytest.FixtureRequest) -> dict[str, Failures]:
-    return {module.__name__: run_checks(module.__name__, request.param) for module in MODULES}
+def failures(request: pytest.FixtureRequest) -> Failures:
+    return run_checks(request.param, *(module.__name__ for module in MODULES))
 
 
-@pytest.mark.parametrize(("module", "name"), CHECKS, ids=[name for _, name in CHECKS])
+def test_names_differ() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("of_backend", BACKENDS)
-def test_ranks(failures: dict[str, Failures], of_backend: str, module: str, name: str) -> None:
-    assert_none_failed(failures[module], of_backend, name)
+def test_ranks(failures: Failures, of_backend: str, name: str) -> None:
+    assert_none_failed(failures, of_backend, name)

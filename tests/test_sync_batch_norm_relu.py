@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="ne
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{}_ranks".format)
 def failures(request: pytest.FixtureRequest) -> Failures:
-    return run_checks("tests.sync_batch_norm_checks", request.param)
+    return run_checks(request.param, "tests.sync_batch_norm_checks")
 
 
 @pytest.mark.parametrize("name", CHECKS)
