@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -212,3 +213,15 @@ def test_cuda_graph(gpu: torch.device, form: str) -> None:
         graph.replay()
         for actual, expected in zip(captured, step(), strict=True):
             assert_same_bits(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@BOTH_FORMS
+@KINDS
+def test_jit_trace(backend: str, device: torch.device, kind: str, form: str) -> None:
+    input, target = make_call(form, (6, 4, 5), device, kind=kind)
+    loss = function_of(form)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(lambda x: loss(x, target, reduction="mean"), input)
+    torch.testing.assert_close(traced(input + 1), loss(input + 1, target, reduction="mean"))

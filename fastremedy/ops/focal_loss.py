@@ -128,7 +128,7 @@ class Softmax(NamedTuple):
     def terms(self) -> tuple[Terms, Tensor]:
         """Return what the loss consists of, and the probabilities."""
         x = self.x - self.x.detach().amax(1, keepdim=True)
-        top = torch.zeros_like(x, dtype=torch.bool).scatter(1, x.argmax(1, keepdim=True), True)
+        top = torch.zeros_like(x, dtype=torch.bool).scatter(1, x.argmax(1, keepdim=True), 1)
         log_p = F.log_softmax(x, 1)
         p = log_p.exp()
         others = p.masked_fill(top, 0.0)
@@ -176,7 +176,8 @@ def problem(
         rows, ignored = ignored, ignored.unsqueeze(1).expand_as(x)
         t = is_label(target, x, options).to(x.dtype)
     else:
-        ignored &= not options.softmax
+        if options.softmax:
+            ignored = torch.zeros_like(ignored)
         rows = ignored[:, 0]
         t = target.to(x.dtype)
     x, t = x.masked_fill(ignored, 0.0), t.masked_fill(ignored, 0.0)
@@ -239,7 +240,7 @@ def measure(input: Tensor, target: Tensor, options: Options) -> Tensor:
     elif options.softmax:
         ignored = torch.zeros_like(target[:, 0], dtype=torch.bool)
         chosen = torch.zeros_like(target, dtype=torch.bool)
-        chosen = chosen.scatter(1, target.argmax(1, keepdim=True), True)
+        chosen = chosen.scatter(1, target.argmax(1, keepdim=True), 1)
     else:
         ignored = target == options.ignore_index
         chosen = (target > 0.5) & ~ignored
