@@ -328,3 +328,21 @@ def test_distributed_data_parallel_before_and_after(process_group: None) -> None
         for name, value in expected.items():
             key = name if name in ("output", "x.grad") else f"module.{name}"
             torch.testing.assert_close(actual[key], value)
+
+
+class _Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def test_parametrized_after_fusing(fused: Any, stock: Any) -> None:
+    parametrize = nn.utils.parametrize
+    for block in (fused, stock):
+        parametrize.register_parametrization(block.bn1, "weight", _Exponential())
+    for change in (lambda block: block, unfuse_, fuse_):
+        change(fused)
+        assert_alike(fused, stock)
+    for block in (fused, stock):
+        parametrize.remove_parametrizations(block.bn1, "weight")
+    assert_alike(fused, stock)
+    assert type(unfuse_(fused).get_submodule("bn1")) is nn.BatchNorm2d

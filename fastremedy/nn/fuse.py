@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._fused_norms import (
     FusedBatchNorm,
@@ -75,6 +76,7 @@ def fuse_(model: nn.Module) -> FuseReport:
           added to a fused BatchNorm or its activation, or modules or attributes are changed later.
         - Other traced values are taken as they are now, as :mod:`torch.fx` does: global variables,
           and the number of elements of a list.
+        - A shallow copy (:func:`copy.copy`) of a fused module runs the modules of the original.
         - ``torch.jit.script`` and ``torch.fx.symbolic_trace`` refuse a fused model, and
           ``nn.DataParallel`` fails on a second device. Use :func:`unfuse_` first.
 
@@ -168,7 +170,8 @@ def unfuse_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(vars(module).get("forward"), _FusedForward):
             del vars(module)["forward"]
-        if isinstance(module, FusedBatchNorm):
+        # What has a parametrization is of a class made for it, and a plain BatchNorm to everybody.
+        if isinstance(module, FusedBatchNorm) and not is_parametrized(module):
             become_unfused(module)
     return model
 
