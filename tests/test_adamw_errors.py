@@ -149,6 +149,7 @@ def test_nonfinite_error(backend: str, device: torch.device, value: float, names
         ("weight_decay", None),
         ("betas", (0.9,)),
         ("betas", ("a", 0.9)),
+        ("maximize", torch.ones(2)),
     ],
     ids=str,
 )
@@ -170,7 +171,7 @@ def test_bad_hyper_parameter_in_a_group(
 def test_state_of_another_shape(backend: str, device: torch.device) -> None:
     optimizer = optimizer_after_a_step(device)
     optimizer.state[params_of(optimizer)[2]]["exp_avg"] = torch.zeros(7, device=device)
-    assert_refused(optimizer, ValueError, "(4,)", "(7,)")
+    assert_refused(optimizer, ValueError, "param_groups[0]['params'][2]", "(4,)", "(7,)")
 
 
 def test_expanded_parameter_is_refused(backend: str, device: torch.device) -> None:

@@ -84,6 +84,48 @@ def test_state_data_reassigned(backend: str, device: torch.device) -> None:
     assert_like_torch(make_params([(1000,), (2,)], device=device), drive)
 
 
+def test_step_moved(backend: str, device: torch.device) -> None:
+    old_storages = []  # a stale pointer gives a wrong result, not a crash of the test run
+
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(3):
+            give_grads(params_of(optimizer))
+            optimizer.step()
+            for state in optimizer.state.values():
+                old_storages.append(state["step"].detach())
+                state["step"].data = state["step"].data + 10
+
+    assert_like_torch(make_params([(3,), (2,)], device=device), drive)
+
+
+def test_entries_of_the_state_that_belong_to_no_parameter(
+    backend: str, device: torch.device
+) -> None:
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        for i in range(3):
+            optimizer.state["rounds"] = i
+            optimizer.state["history"] = torch.ones(i)
+            give_grads(params_of(optimizer))
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+
+    assert_like_torch(make_params([(3,)], device=device), drive)
+
+
+def test_params_of_a_group_as_a_tuple(backend: str, device: torch.device) -> None:
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        first, second = params_of(optimizer)
+        give_grads([first, second])
+        for params in ((first, second), (second,), (second, first)):
+            optimizer.param_groups[0]["params"] = params
+            for _ in range(2):
+                optimizer.step()
+        optimizer.param_groups[0]["params"] = [first, second]
+
+    assert_like_torch(make_params([(3,), (2,)], device=device), drive)
+
+
 def test_state_cleared(backend: str, device: torch.device) -> None:
     params = make_params([(3,)], device=device)
     optimizer = fastremedy.optim.AdamW(params)

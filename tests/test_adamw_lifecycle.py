@@ -108,12 +108,12 @@ def test_amsgrad_switched_on(backend: str, device: torch.device) -> None:
     assert (state["max_exp_avg_sq"] > 0).all()
 
 
-@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tensor_lr(
     backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    params = make_params([(3,), (2, 2)], device=device)
+    params = make_params([(3,), (2, 2), ()], device=device)
     expected = copy_params(params)
     lr = torch.full(shape, 0.1, dtype=dtype)
     ours, by_torch = fastremedy.optim.AdamW(params, lr=lr), torch.optim.AdamW(expected, lr=0.1)
@@ -283,6 +283,45 @@ def test_differentiable_is_torchs(backend: str, device: torch.device) -> None:
     assert params[0].grad is not None
     with pytest.raises(ValueError, match="differentiable=True"):
         fastremedy.optim.AdamW(params, differentiable=True, max_grad_norm=1.0)
+
+
+def test_lazy_parameters(backend: str, device: torch.device) -> None:
+    # Part of a model that runs later: it has no shape before.
+    def drive(cls: type[torch.optim.Optimizer]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LazyLinear(2)).to(device)
+        optimizer = cls(model.parameters())
+        model[0](torch.ones(1, 3, device=device)).sum().backward()
+        optimizer.step()
+        for _ in range(2):
+            model(torch.ones(1, 3, device=device)).sum().backward()
+            optimizer.step()
+        return [param.detach() for param in model.parameters()]
+
+    torch.testing.assert_close(drive(fastremedy.optim.AdamW), drive(torch.optim.AdamW))
+
+
+def test_out_of_memory_in_the_first_step(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params([(3,), (2, 2)], device=device)
+    optimizer = fastremedy.optim.AdamW(params)
+    grads = make_grads(params, 1)
+    real, calls = torch.zeros_like, []
+
+    def zeros_like(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) in (1, 5):
+            raise torch.OutOfMemoryError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", zeros_like)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            train(optimizer, grads)
+    monkeypatch.undo()
+    train(optimizer, grads)
+    assert [optimizer.state[param]["step"].item() for param in params] == [1, 1]
 
 
 def test_threads_with_models_of_their_own(backend: str, device: torch.device) -> None:

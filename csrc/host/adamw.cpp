@@ -66,9 +66,8 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     stateless_.push_back(py::reinterpret_borrow<py::object>(param));
   }
   for (const py::handle handle : param_groups) {
-    const py::list params = handle[params_name()];
-    Group group{params, {}, {}};
-    for (const py::handle param : params) {
+    Group group{handle[params_name()], {}, {}};
+    for (const py::handle param : group.params) {
       group.members.push_back(py::reinterpret_borrow<py::object>(param));
     }
     groups_.push_back(std::move(group));
@@ -80,8 +79,10 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
   for (const auto& [key, values] : state) {
     StateEntry entry{
         py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(values), {}};
-    for (const auto& [name, tensor] : py::cast<py::dict>(values)) {
-      entry.tensors.push_back(py::reinterpret_borrow<py::object>(tensor));
+    if (PyDict_Check(values.ptr())) {  // torch lets users keep anything in `state`
+      for (const auto& [name, tensor] : py::reinterpret_borrow<py::dict>(values)) {
+        entry.tensors.push_back(py::reinterpret_borrow<py::object>(tensor));
+      }
     }
     state_.push_back(std::move(entry));
   }
@@ -121,9 +122,15 @@ bool AdamWTable::groups_match(const py::list& param_groups) {
     if (PyDict_GetItemWithError(group, params_name()) != groups_[g].params.ptr()) return false;
     PyObject* params = groups_[g].params.ptr();
     const std::vector<py::object>& members = groups_[g].members;
-    if (static_cast<size_t>(PyList_GET_SIZE(params)) != members.size()) return false;
+    const py::object sequence = py::reinterpret_steal<py::object>(
+        PySequence_Fast(params, "params must be a list of parameters"));
+    if (!sequence) throw py::error_already_set();
+    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence.ptr())) != members.size()) {
+      return false;
+    }
+    PyObject* const* items = PySequence_Fast_ITEMS(sequence.ptr());
     for (size_t i = 0; i < members.size(); ++i) {
-      if (PyList_GET_ITEM(params, i) != members[i].ptr()) return false;
+      if (items[i] != members[i].ptr()) return false;
     }
     if (!groups_[g].hypers.read(py::reinterpret_borrow<py::dict>(group), device_, &hypers_[g])) {
       return false;
@@ -139,6 +146,7 @@ bool AdamWTable::state_matches(const py::dict& state) const {
   for (const StateEntry& entry : state_) {
     if (!PyDict_Next(state.ptr(), &position, &key, &values)) return false;
     if (key != entry.key.ptr() || values != entry.values.ptr()) return false;
+    if (!PyDict_Check(values)) continue;
     if (static_cast<size_t>(PyDict_Size(values)) != entry.tensors.size()) return false;
     Py_ssize_t inner = 0;
     for (const py::object& expected : entry.tensors) {
@@ -156,6 +164,8 @@ bool AdamWTable::tensors_are_in_place() const {
     if (data_of(param) != tensors_[i].param || !rows_[i].layout.matches(param)) return false;
     const DLTensor exp_avg = require_tensor(keepalive_[i * kNumColumns + 1], "exp_avg");
     if (data_of(exp_avg) != tensors_[i].exp_avg) return false;
+    const DLTensor step = require_tensor(keepalive_[i * kNumColumns + 5], "step");
+    if (data_of(step) != tensors_[i].step) return false;
   }
   return true;
 #else

@@ -55,6 +55,16 @@ double number_from(const py::object& value, const char* name, DLDevice device,
                         " as a tensor must be float32 on the parameters' device, or on the CPU");
 }
 
+bool flag_from(const py::object& value, const char* name) {
+  const int flag = PyObject_IsTrue(value.ptr());
+  if (flag < 0) {
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + " must be True or False, got " +
+                         std::string(py::repr(value)));
+  }
+  return flag != 0;
+}
+
 // Whether the same object has the same value as before: a tensor, alone or in a tuple, may not.
 bool is_immutable(PyObject* value) {
   if (PyTuple_CheckExact(value)) {
@@ -92,9 +102,9 @@ bool HyperReader::read(const py::dict& group, DLDevice device, AdamWHyper* hyper
   next.beta2 = number_from(betas[1], "betas[1]", device, nullptr);
   next.eps = number_from(values[2], "eps", device, nullptr);
   next.weight_decay = number_from(values[3], "weight_decay", device, nullptr);
-  next.amsgrad = PyObject_IsTrue(values[4].ptr());
-  next.maximize = PyObject_IsTrue(values[5].ptr());
-  next.decoupled_weight_decay = PyObject_IsTrue(values[6].ptr());
+  next.amsgrad = flag_from(values[4], kHyperNames[4]);
+  next.maximize = flag_from(values[5], kHyperNames[5]);
+  next.decoupled_weight_decay = flag_from(values[6], kHyperNames[6]);
   const bool same_state = next.amsgrad == hyper->amsgrad;
   *hyper = next;
   known_ = std::move(values);  // after everything that can throw: a bad value is read again

@@ -146,7 +146,7 @@ def _update_one(
     stored = columns.params[row]
     opmath = torch.float64 if stored.dtype == torch.float64 else torch.float32
     step = columns.steps[row] + 1
-    lr = hyper.lr.double() if isinstance(hyper.lr, Tensor) else hyper.lr
+    lr = hyper.lr.double().reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
     bias_correction1 = 1 - hyper.beta1 ** step.double()
     bias_correction2 = 1 - hyper.beta2 ** step.double()
     step_size = (lr / bias_correction1).to(opmath)

@@ -77,8 +77,14 @@ class NativeTable:
         columns = rows.columns
         retained = 0
         if module is _native.library() and columns.params:
-            state_columns = (columns.exp_avgs, columns.exp_avg_sqs, columns.max_exp_avg_sqs)
-            tensors = [t for column in (*state_columns, columns.residuals) for t in column]
+            state_columns = (
+                columns.exp_avgs,
+                columns.exp_avg_sqs,
+                columns.max_exp_avg_sqs,
+                columns.residuals,
+                columns.steps,
+            )
+            tensors = [tensor for column in state_columns for tensor in column]
             retained = torch.ops.fastremedy._retain_tensors(
                 columns.params, [tensor for tensor in tensors if tensor is not None]
             )
@@ -171,10 +177,12 @@ class PythonTable:
             signature.append(group["amsgrad"])
         for param, values in state.items():
             signature.append(id(param))
-            signature += [id(value) for value in values.values()]
+            if isinstance(values, dict):  # torch lets users keep anything in `state`
+                signature += [id(value) for value in values.values()]
         columns = self._rows.columns
         signature += [(p.data_ptr(), p.shape, p.stride()) for p in columns.params]
-        states = (columns.exp_avgs, columns.exp_avg_sqs, columns.max_exp_avg_sqs, columns.residuals)
+        moments = (columns.exp_avgs, columns.exp_avg_sqs, columns.max_exp_avg_sqs)
+        states = (*moments, columns.residuals, columns.steps)
         signature += [t.data_ptr() for column in states for t in column if t is not None]
         return signature
 
@@ -252,9 +260,9 @@ def hyper_of(group: Group) -> Hyper:
         _number("betas[1]", betas[1]),
         _number("eps", group["eps"]),
         _number("weight_decay", group["weight_decay"]),
-        group["maximize"],
-        group["amsgrad"],
-        group["decoupled_weight_decay"],
+        _flag("maximize", group["maximize"]),
+        _flag("amsgrad", group["amsgrad"]),
+        _flag("decoupled_weight_decay", group["decoupled_weight_decay"]),
     )
 
 
@@ -265,3 +273,10 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
         pass
     raise TypeError(f"{name} must be a number or a 1-element float tensor, got {value!r}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be True or False, got {value!r}") from None

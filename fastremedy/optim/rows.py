@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -106,8 +106,7 @@ def init_state(
         return
     steps = torch.zeros(len(params), dtype=torch.float32, device=params[0][0].device)
     for (param, amsgrad), step in zip(params, steps.unbind(), strict=True):
-        values = state[param]
-        values["step"] = step
+        values: dict[str, Any] = {"step": step}
         memory = shards.local(param)
         for name in _MOMENTS[: 3 if amsgrad else 2]:
             moment = torch.zeros_like(
@@ -116,6 +115,7 @@ def init_state(
                 memory_format=torch.preserve_format,
             )
             values[name] = shards.wrap(moment, param)
+        state[param].update(values)  # all or nothing: memory may run out in between
 
 
 def _moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
@@ -197,7 +197,10 @@ def make_rows(
                 rows.stateless.append(param)
                 continue
             values = state[param]
-            adopt_state(param, values, group["amsgrad"], low_precision)
+            try:
+                adopt_state(param, values, group["amsgrad"], low_precision)
+            except ValueError as error:
+                raise ValueError(f"{name_of(param, param_groups)}: {error}") from error
             memory = shards.local(param)
             dense = is_dense(memory)
             rows.owners.append(param)
@@ -219,6 +222,17 @@ def make_rows(
             columns.streams.append((stream - 1 + shard * num_params) % 2**32)
     rows.groups = shards.groups_of(rows.owners)
     return rows
+
+
+def name_of(param: Tensor, param_groups: list[Group]) -> str:
+    """Return how a user would find a parameter: by its place, and by its name if it has one."""
+    for g, group in enumerate(param_groups):
+        for i, other in enumerate(group["params"]):
+            if other is param:
+                place = f"param_groups[{g}]['params'][{i}]"
+                names: Iterable[str] | None = group.get("param_names")
+                return f"{list(names)[i]} ({place})" if names else place
+    raise AssertionError("the parameter is in none of the groups")
 
 
 def as_real(tensor: Tensor) -> Tensor:

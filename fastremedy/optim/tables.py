@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .. import backends
 from ..ops import shards
 from ..ops.dispatch import KERNEL_DTYPES, is_capturing
 from ..ops.table import Group, Table, make_table
-from .rows import LocalRows, aligned_grad, fits, init_state, make_rows, raise_misfit
+from .rows import LocalRows, aligned_grad, fits, init_state, make_rows, name_of, raise_misfit
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -120,6 +121,8 @@ def check_param(param: Tensor, param_groups: list[Group]) -> None:
     Raises:
         ValueError: its dtype is not a float or complex one, or its elements share memory.
     """
+    if is_lazy(param):  # nothing to update before its module's first forward
+        return
     if param.dtype not in (*KERNEL_DTYPES, torch.complex64, torch.complex128):
         raise ValueError(
             f"{name_of(param, param_groups)} must be float32, float64, float16, bfloat16, "
@@ -132,17 +135,6 @@ def check_param(param: Tensor, param_groups: list[Group]) -> None:
             f"{name_of(param, param_groups)} must have memory for every element, "
             f"got shape {tuple(param.shape)} with strides {param.stride()}"
         )
-
-
-def name_of(param: Tensor, param_groups: list[Group]) -> str:
-    """Return how a user would find a parameter: by its place, and by its name if it has one."""
-    for g, group in enumerate(param_groups):
-        for i, other in enumerate(group["params"]):
-            if other is param:
-                place = f"param_groups[{g}]['params'][{i}]"
-                names: Iterable[str] | None = group.get("param_names")
-                return f"{list(names)[i]} ({place})" if names else place
-    raise AssertionError("the parameter is in none of the groups")
 
 
 def raise_if_nonfinite(norm: Tensor, param_groups: list[Group]) -> None:
