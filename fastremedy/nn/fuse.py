@@ -76,6 +76,8 @@ def fuse_(model: nn.Module) -> FuseReport:
           added to a fused BatchNorm or its activation, or modules or attributes are changed later.
         - Other traced values are taken as they are now, as :mod:`torch.fx` does: global variables,
           and the number of elements of a list.
+        - With ELU and SiLU the backward pass needs the residual: it fails where one was changed in
+          place after the forward pass.
         - A shallow copy (:func:`copy.copy`) of a fused module runs the modules of the original.
         - ``torch.jit.script`` and ``torch.fx.symbolic_trace`` refuse a fused model, and
           ``nn.DataParallel`` fails on a second device. Use :func:`unfuse_` first.
