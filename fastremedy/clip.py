@@ -67,6 +67,7 @@ def clip_(
 
     Raises:
         ValueError: ``max_norm`` is negative or NaN.
+        NotImplementedError: a gradient is sparse, as in torch.
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set, or a CUDA graph is
             captured with it. Nothing is changed.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -150,3 +151,15 @@ def test_sparse_as_in_torch(backend: str, device: torch.device) -> None:
         torch.testing.assert_close(grads, expected)
     else:
         assert isinstance(norm, type), "torch refuses, fastremedy does not"
+
+
+@pytest.mark.parametrize("call", [fastremedy.grad_norm, partial(fastremedy.clip_, max_norm=1.0)])
+def test_sparse_gradients_are_refused_as_in_torch(
+    backend: str, device: torch.device, call: Callable[[list[Tensor]], Tensor]
+) -> None:
+    params = [torch.nn.Parameter(torch.ones(3, 2, device=device)) for _ in range(3)]
+    params[1].grad = torch.full((3, 2), 5.0, device=device)
+    params[2].grad = torch.full((3, 2), 5.0, device=device).to_sparse()
+    with pytest.raises(NotImplementedError, match=r"parameters\[2\] must be strided, .*sparse_coo"):
+        call(params)
+    assert (params[1].grad == 5).all()

@@ -135,10 +135,12 @@ def clip_grad_norm_(
                 observe(norms)
             return norm
     else:
+        _refuse_sparse(tensors, from_grad)
         grads = _grads_of(tensors, from_grad)
         if observe is not None:
             observe(definition.tensor_norms(grads, norm_type))
         return definition.clip_grad_norm_(grads, max_norm, norm_type)
+    _refuse_sparse(tensors, from_grad)
     return _clip_mixed(tensors, max_norm, norm_type, from_grad, observe)
 
 
@@ -150,6 +152,14 @@ def _grads_of(tensors: Sequence[Tensor], from_grad: bool) -> list[Tensor]:
     if not from_grad:
         return list(tensors)
     return [grad for t in tensors if (grad := t.grad) is not None]
+
+
+def _refuse_sparse(tensors: Sequence[Tensor], from_grad: bool) -> None:
+    for i, tensor in enumerate(tensors):
+        grad = tensor.grad if from_grad else tensor
+        if grad is not None and grad.layout != torch.strided:
+            name = f"the gradient of parameters[{i}]" if from_grad else f"gradient {i}"
+            raise NotImplementedError(f"{name} must be strided, got {grad.layout}")
 
 
 def _first_grad(tensors: Sequence[Tensor], from_grad: bool) -> Tensor | None:
