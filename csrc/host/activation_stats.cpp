@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -105,27 +106,38 @@ std::optional<std::pair<size_t, size_t>> scratch_size(
 
 #ifndef FASTREMEDY_EMULATION
 // Rows on the CPU to which a monitor adds all the time: what stays the same is read once. Methods
-// return false, and have done nothing, if kernels cannot read a tensor as it lies.
+// return false, and have done nothing, if kernels cannot read a tensor as it lies. They may be
+// called from several threads.
 class StatsRows {
  public:
-  StatsRows(const py::object& armed, const py::object& moments, const py::object& counts,
-            const py::object& histogram)
-      : keepalive_{armed, moments, counts, histogram} {
+  StatsRows(const py::object& model, const py::object& armed, const py::object& moments,
+            const py::object& counts, const py::object& histogram)
+      : keepalive_{model, armed, moments, counts, histogram} {
     args_.armed = static_cast<const int32_t*>(data_or_null(armed, "armed"));
     args_.moments = static_cast<double*>(data_or_null(moments, "moments"));
     args_.counts = static_cast<int64_t*>(data_or_null(counts, "counts"));
     args_.histogram = static_cast<int64_t*>(data_or_null(histogram, "histogram"));
   }
 
-  bool add_one(py::handle tensor, int32_t row) const {
+  // What a module of the model returns, if its call counts; otherwise nothing, and true.
+  bool add_output(py::handle output, int32_t row) {
     StatsTensor found;
-    if (!read_on_cpu(tensor.ptr(), row, &found)) return false;
-    run(&found, 1);
+    if (!read_on_cpu(output.ptr(), row, &found)) return false;
+    if (is_watched()) run(&found, 1);
+    return true;
+  }
+
+  bool add(const py::list& tensors, const std::vector<int32_t>& rows) {
+    std::vector<StatsTensor> list(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (!read_on_cpu(PyList_GET_ITEM(tensors.ptr(), i), rows[i], &list[i])) return false;
+    }
+    run(list.data(), list.size());
     return true;
   }
 
   // Gradients of parameters; those that have none are passed over.
-  bool add_grads(const py::list& params, const std::vector<int32_t>& rows) const {
+  bool add_grads(const py::list& params, const std::vector<int32_t>& rows) {
     std::vector<py::object> grads;
     std::vector<StatsTensor> list;
     grads.reserve(rows.size());
@@ -145,21 +157,50 @@ class StatsRows {
   static bool read_on_cpu(PyObject* tensor, int32_t row, StatsTensor* out) {
     static PyObject* const plain =
         py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+    static PyObject* const parameter =
+        py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+    auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
     DLTensor view;
-    return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == plain &&
-           read_whole(tensor, row, &view, out) && view.device.device_type == kDLCPU;
+    return (type == plain || type == parameter) && read_whole(tensor, row, &view, out) &&
+           view.device.device_type == kDLCPU;
   }
 
-  void run(const StatsTensor* tensors, size_t count) const {
+  // fastremedy.stats.hooks.is_watched
+  bool is_watched() const {
+    static PyObject* const name = PyUnicode_InternFromString("training");
+    static PyObject* const graph_task =
+        py::object(py::module_::import("torch._C").attr("_current_graph_task_id")).release().ptr();
+    const auto is_training =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(keepalive_[0].ptr(), name));
+    if (!is_training) throw py::error_already_set();
+    const auto id = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(graph_task));
+    if (!id) throw py::error_already_set();
+    return PyObject_IsTrue(is_training.ptr()) == 1 && PyLong_AsLongLong(id.ptr()) == -1;
+  }
+
+  void run(const StatsTensor* tensors, size_t count) {
     ActivationStatsArgs args = args_;
     args.tensors = tensors;
     args.num_tensors = static_cast<int32_t>(count);
+    int64_t numel = 0;
+    for (size_t i = 0; i < count; ++i) numel += tensors[i].numel();
+    // Another thread that has the rows may need the interpreter to go on: wait without it. Whoever
+    // gives the interpreter up may get it back after 5 ms, so that small tensors do not.
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock && numel <= kFewElements) {
+      cpu::activation_stats(args);
+      return;
+    }
     const py::gil_scoped_release release;
+    const auto held = lock ? std::move(lock) : std::unique_lock<std::mutex>(mutex_);
     cpu::activation_stats(args);
   }
 
-  std::array<py::object, 4> keepalive_;
+  static constexpr int64_t kFewElements = 131072;  // they take 20 us
+
+  std::array<py::object, 5> keepalive_;
   ActivationStatsArgs args_{};
+  std::mutex mutex_;
 };
 #endif
 
@@ -171,8 +212,10 @@ void bind_activation_stats(py::module_& module) {
   module.def("activation_stats_scratch_size", &scratch_size);
 #ifndef FASTREMEDY_EMULATION
   py::class_<StatsRows>(module, "ActivationStatsRows")
-      .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&>())
-      .def("add_one", &StatsRows::add_one)
+      .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&,
+                    const py::object&>())
+      .def("add_output", &StatsRows::add_output)
+      .def("add", &StatsRows::add)
       .def("add_grads", &StatsRows::add_grads);
 #endif
 }

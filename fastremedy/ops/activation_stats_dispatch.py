@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _native, backends
 from . import activation_stats as definition
@@ -34,13 +34,14 @@ def kernel_of(backend: str) -> Callable[..., Any]:
     return entry if backend == "cpu" else _with_scratch(native, entry)
 
 
-def rows_on_cpu(*buffers: Tensor | None) -> Any:
-    """Return rows for the CPU kernels to which many calls add: ``add_one``, ``add_grads``.
+def rows_on_cpu(model: nn.Module, *buffers: Tensor | None) -> Any:
+    """Return rows for the CPU kernels to which many calls add.
 
-    They take tensors as a whole. The methods return False, and have done nothing, if kernels cannot
-    read one as it lies.
+    They take tensors as a whole: ``add_output`` of the model if that is in training, ``add`` and
+    ``add_grads``. The methods return False, and have done nothing, if kernels cannot read a tensor
+    as it lies.
     """
-    return _native.module_for("cpu").ActivationStatsRows(*buffers)
+    return _native.module_for("cpu").ActivationStatsRows(model, *buffers)
 
 
 def _with_scratch(native: Any, entry: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -17,9 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..functional.batch_norm_relu import RawStats
 from ..nn.batch_norm_relu import _BatchNormReLU
+from .recorder import Recorder
 from .selection import Layer, uncalled
 
 StepHook = Callable[[Optimizer, Any, Any], None]
+
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
 
 _OURS = ("collect_stats", "_last", "_watch")
 
@@ -29,15 +33,25 @@ class Hook:
 
     is_passive = True  # for fastremedy.nn.fuse_: the fused output will do
 
-    def __init__(self, see: Callable[[int, Any], None] | None = None, row: int = 0) -> None:
-        """Show it as that of a row."""
+    def __init__(
+        self,
+        recorder: Recorder | None = None,
+        see: Callable[[int, Any], None] | None = None,
+        row: int = 0,
+    ) -> None:
+        """Show it as that of a row: to the recorder, and what that does not take to ``see``."""
+        self._recorder = recorder
         self._see = see
         self._row = row
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Be the hook."""
-        if self._see is not None:
-            self._see(self._row, output)
+        see = self._see
+        if see is None:
+            return
+        # Between layers Python is in no cache, so that every call of it takes a microsecond.
+        if is_dynamo_compiling() or not self._recorder.add_output(output, self._row):  # type: ignore[union-attr]
+            see(self._row, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         """Return a hook that does nothing."""
@@ -80,6 +94,7 @@ class Hooks:
         self,
         model: nn.Module,
         layers: list[Layer],
+        recorder: Recorder,
         see_output: Callable[[int, Any], None],
         see_fused: Callable[[int, RawStats], None],
         around_step: tuple[StepHook, StepHook],
@@ -87,6 +102,7 @@ class Hooks:
         """Install nothing yet."""
         self._model = model
         self._layers = layers
+        self._recorder = recorder
         self._see_output = see_output
         self._see_fused = see_fused
         self._around_step = around_step
@@ -94,7 +110,9 @@ class Hooks:
         self._on_outputs: dict[int, RemovableHandle] = {}
         self._fused: dict[int, tuple[_BatchNormReLU, Watch]] = {}
         self._known: dict[int, RawStats | None] = {}
-        self._classes: dict[int, type[nn.Module]] = {}  # of norms, which fuse_ and unfuse_ change
+        # Norms, and their classes, which fuse_ and unfuse_ change.
+        self._norms: list[nn.Module] = []
+        self._classes: list[type[nn.Module]] = []
 
     @property
     def are_installed(self) -> bool:
@@ -106,18 +124,17 @@ class Hooks:
 
         Their outputs are seen, too, with ``sees_fused``.
         """
-        changed = self.changed()
-        if changed:
-            self._warn(changed)
+        if self.are_outdated:
+            self._warn()
         before_step, after_step = self._around_step
         self._on_steps = [
             register_optimizer_step_pre_hook(before_step),
             register_optimizer_step_post_hook(after_step),
         ]
-        for row, layer in enumerate(self._layers):
-            module = layer.module
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                self._classes[row] = type(module)
+        modules = [layer.module for layer in self._layers]
+        self._norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._classes = list(map(type, self._norms))
+        for row, module in enumerate(modules):
             if isinstance(module, _BatchNormReLU) and module.training:
                 watch = module._watch
                 if not isinstance(watch, Watch) or not watch.watching:  # by another monitor
@@ -133,7 +150,7 @@ class Hooks:
 
     def _hook(self, row: int) -> None:
         if row not in self._on_outputs:
-            hook = Hook(self._see_output, row)
+            hook = Hook(self._recorder, self._see_output, row)
             self._on_outputs[row] = self._layers[row].module.register_forward_hook(hook)
 
     def see_fused_outputs(self, sees: bool) -> None:
@@ -144,21 +161,20 @@ class Hooks:
             elif row in self._on_outputs:
                 self._on_outputs.pop(row).remove()
 
-    def changed(self) -> list[str]:
-        """Return the names of norms whose class is no more what it was when it got its hooks."""
-        layers = self._layers
-        return [
-            layers[row].name
-            for row, known in self._classes.items()
-            if type(layers[row].module) is not known
-        ]
+    @property
+    def are_outdated(self) -> bool:
+        """Whether norms have another class than when they got their hooks."""
+        return list(map(type, self._norms)) != self._classes
 
-    def _warn(self, changed: list[str]) -> None:
+    def _warn(self) -> None:
+        pairs = zip(self._norms, self._classes, strict=True)
+        changed = {id(norm) for norm, known in pairs if type(norm) is not known}
+        names = [layer.name for layer in self._layers if id(layer.module) in changed]
         silent = uncalled(self._model, self._layers)
         rest = f"; {', '.join(silent)} are called no more and have nothing to report"
         warnings.warn(
             "fuse_ or unfuse_ was called after the monitor was attached. From the next step on "
-            f"{', '.join(changed)} report as what they are now{rest if silent else ''}",
+            f"{', '.join(names)} report as what they are now{rest if silent else ''}",
             UserWarning,
             stacklevel=4,
         )
@@ -217,4 +233,4 @@ def is_watched(output_of: nn.Module) -> bool:
 
     Checkpointing calls modules again in the backward pass, with the same results.
     """
-    return output_of.training and torch._C._current_graph_task_id() == -1
+    return output_of.training and graph_task() == -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from ..optim import Adam
 from . import jsonlines, plot, table, tensorboard
 from .courier import Courier
 from .history import History, Rows
-from .hooks import Hooks, is_watched
+from .hooks import Hooks, graph_task, is_watched
 from .recorder import Recorder
 from .report import Report
 from .selection import Pattern, as_patterns, layers_of, parameters_of, tensors_in
@@ -147,13 +147,13 @@ class Monitor:
         self._parts = [name for name, is_wanted in wanted.items() if is_wanted]
         self._rows = rows = Rows(layers, params, gradients, weights)
         rows_of_params = {id(param.tensor): row for row, param in enumerate(params)}
-        self._watched = set(rows_of_params)
         self._params = [param.tensor for param in params]
-        self._recorder = Recorder(max(1, rows.count), rows_of_params)
+        self._recorder = Recorder(model, max(1, rows.count), rows_of_params, per_channel)
         self._courier = Courier()
         self._history = History(rows, history)
         around_step = self._before_step, self._after_step
-        self._hooks = Hooks(model, layers, self._see_output, self._see_fused, around_step)
+        see = self._see_output, self._see_fused
+        self._hooks = Hooks(model, layers, self._recorder, *see, around_step)
         self._is_attached = False
         self._num_steps = 0
         self._num_monitored = 0
@@ -161,7 +161,9 @@ class Monitor:
         self._is_compiled = False
         self._rows_of_params = rows_of_params if gradients or weights else {}
         self._unread: dict[int, int] = {}  # parameters that this step has to read: rows by id
-        self._ours: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
+        # The sizes of an optimizer's groups, and which of its parameters are watched.
+        self._ours: WeakKeyDictionary[Optimizer, tuple[list[int], list[Tensor]]]
+        self._ours = WeakKeyDictionary()
         self._last_line: dict[Path, int] = {}
         self._last_histograms: dict[str, Tensor] = {}
 
@@ -228,7 +230,7 @@ class Monitor:
                 self._recorder.begin_step(is_full)
                 if not self._is_compiled:
                     self._hooks.see_fused_outputs(is_full)
-            if self._hooks.changed():
+            if self._hooks.are_outdated:
                 self._hooks.remove(keeps_outputs=self._is_compiled)
                 self._hooks.install(self._is_full or self._is_compiled)
             self._begin_step()
@@ -262,15 +264,13 @@ class Monitor:
             return
         if not is_watched(self._model):
             return
-        if not self._per_channel and self._recorder.add_one(output, row):
-            return
         for tensor in tensors_in(output):
             self._recorder.add([tensor], [row])
             if self._per_channel and tensor.dim() > 1:
                 self._recorder.add_units(row, tensor.movedim(self._rows.layers[row].unit_dim, 1))
 
     def _see_fused(self, row: int, raw: RawStats) -> None:
-        if is_watched(self._model):
+        if self._model.training and graph_task() == -1:  # is_watched, without its call
             self._recorder.add_fused(row, raw)
         else:
             self._hooks.pass_over(row, raw)
@@ -285,31 +285,36 @@ class Monitor:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """See an optimizer about to step; with a closure there are no gradients yet."""
-        if not self._is_ours(optimizer):
+        params = self._params_in(optimizer)
+        if not params:
             return
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._read_params(_params_of(optimizer), getattr(optimizer, "grad_scale", None))
+            self._read_params(params, getattr(optimizer, "grad_scale", None))
         if isinstance(optimizer, Adam) and "updates" in self._parts:
             _collecting.setdefault(optimizer, optimizer.collect_stats)
             optimizer.collect_stats = True
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_ours(optimizer):
+        params = self._params_in(optimizer)
+        if not params:
             return
-        self._read_params(_params_of(optimizer))
+        self._read_params(params)
         if isinstance(optimizer, Adam) and "updates" in self._parts:
             optimizer.collect_stats = _collecting.pop(optimizer, optimizer.collect_stats)
             if optimizer._raw_stats is not None:
                 self._recorder.add_updates(optimizer._raw_stats)
 
-    def _is_ours(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer updates what is watched; asked at every step of any optimizer."""
-        groups = optimizer.param_groups
+    def _params_in(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return what is watched of an optimizer's parameters, all that are in a list known."""
+        groups = [group["params"] for group in optimizer.param_groups]
+        sizes = list(map(len, groups))
         known = self._ours.get(optimizer)
-        if known is None or known[0] != len(groups):
-            is_ours = any(id(param) in self._watched for param in _params_of(optimizer))
-            known = self._ours[optimizer] = len(groups), is_ours
+        if known is None or known[0] != sizes:
+            ids = {id(param) for group in groups for param in group}
+            params = [param for param in self._params if id(param) in ids]
+            params = self._params if len(params) == len(self._params) else params
+            known = self._ours[optimizer] = sizes, params
         return known[1]
 
     def before_clipping(self, tensors: list[Tensor]) -> None:
@@ -326,20 +331,21 @@ class Monitor:
         """Read those parameters and their gradients that this step has not read yet."""
         if not self._unread:
             return
-        unread: list[Tensor] = []
-        rows: list[int] = []
-        for param in params:
-            row = self._unread.pop(id(param), None)
-            if row is not None:
-                unread.append(param)
-                rows.append(row)
+        if params is self._params and len(self._unread) == len(self._params):
+            unread, rows, self._unread = self._params, list(self._unread.values()), {}
+        else:
+            pairs = [(p, self._unread.pop(id(p))) for p in params if id(p) in self._unread]
+            unread, rows = [param for param, _ in pairs], [row for _, row in pairs]
         found: list[tuple[Tensor, int]] = []
         if self._rows.gradients:
             first = self._rows.first_gradient
             places = [first + row for row in rows]
             if grad_scale is not None or not self._recorder.add_grads(unread, places):
-                pairs = zip(unread, places, strict=True)
-                found = [(p.grad, place) for p, place in pairs if p.grad is not None]
+                found = [
+                    (param.grad, place)
+                    for param, place in zip(unread, places, strict=True)
+                    if param.grad is not None
+                ]
             if grad_scale is not None:
                 found = [(grad / grad_scale.to(grad.device), place) for grad, place in found]
         if self._rows.weights and self._is_full:
@@ -394,7 +400,3 @@ class Monitor:
     def plot(self, path: str | Path) -> None:
         """Draw the layers against the steps kept."""
         plot.draw(self.report(), Path(path))
-
-
-def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (param for group in optimizer.param_groups for param in group["params"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backends
 from ..functional.batch_norm_relu import RawStats
@@ -28,12 +28,13 @@ Arguments = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 class _Buffer:
     """Rows of one device."""
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, num_rows: int, device: torch.device) -> None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"the monitor has no memory on {device} yet, which a CUDA graph cannot allocate: "
                 "run one step before the capture"
             )
+        self._model = model
         self.device = device
         self.statistics = Statistics(num_rows, device=device)
         self.armed = torch.ones((), dtype=torch.int32, device=device)  # also for compiled code
@@ -51,7 +52,9 @@ class _Buffer:
         # armed, moments, counts and histogram
         histogram = self.statistics.histogram if is_full else None
         self.arguments = self.with_flag(None if self._is_armed else self.armed, histogram)
-        self.rows_on_cpu = dispatch.rows_on_cpu(*self.arguments) if self.backend == "cpu" else None
+        self.rows_on_cpu: Any = None
+        if self.backend == "cpu":
+            self.rows_on_cpu = dispatch.rows_on_cpu(self._model, *self.arguments)
 
     def arm(self, is_armed: bool, is_full: bool) -> None:
         """Settle whether anything is measured, also by captured and compiled code."""
@@ -93,14 +96,25 @@ class Recorder:
     Hooks may come from several threads, as the replicas of DataParallel do.
     """
 
-    def __init__(self, num_rows: int, rows_of_params: dict[int, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        num_rows: int,
+        rows_of_params: dict[int, int],
+        per_channel: bool,
+    ) -> None:
         """Nothing is allocated yet; ``rows_of_params`` is keyed by the id of parameters."""
+        self._model = model
         self._num_rows = num_rows
+        self._per_channel = per_channel
         self._is_full = self._is_armed = True
         self._rows_of_params = rows_of_params
         self._lock = threading.Lock()
         self._buffers: dict[torch.device, _Buffer] = {}
         self._rows_on_cpu: Any = None
+        # Adds an output in the shortest way if its call counts; False if that cannot be, and
+        # nothing has happened.
+        self.add_output: Callable[[object, int], bool] = _decline
         self._layouts: dict[tuple[int, ...], Tensor] = {}
         self._channels: dict[tuple[int, torch.device], Statistics] = {}
         # Where the parameters of an optimizer's rows are ours, -1 for others; on the host.
@@ -119,7 +133,7 @@ class Recorder:
         """Return the rows of a device."""
         known = self._buffers.get(device)
         if known is None:
-            known = self._buffers[device] = _Buffer(self._num_rows, device)
+            known = self._buffers[device] = _Buffer(self._model, self._num_rows, device)
             known.arm(self._is_armed, self._is_full)
             self._find_rows_on_cpu()
         return known
@@ -127,6 +141,9 @@ class Recorder:
     def _find_rows_on_cpu(self) -> None:
         buffer = self._buffers.get(torch.device("cpu"))
         self._rows_on_cpu = None if buffer is None else buffer.rows_on_cpu
+        self.add_output = _decline
+        if self._rows_on_cpu is not None and not self._per_channel:
+            self.add_output = self._rows_on_cpu.add_output
 
     @property
     def num_bytes(self) -> int:
@@ -136,30 +153,23 @@ class Recorder:
 
     # --- what hooks hand over ---
 
-    def add_one(self, tensor: object, row: int) -> bool:
-        """Add an output in the shortest way; False if there is none, and nothing has happened."""
-        rows = self._rows_on_cpu
-        if rows is None:
-            return False
-        with self._lock:
-            return rows.add_one(tensor, row)  # type: ignore[no-any-return]
-
     def add_grads(self, params: list[Tensor], rows: list[int]) -> bool:
         """Add the gradients of parameters that have one; the same."""
         rows_on_cpu = self._rows_on_cpu
-        if rows_on_cpu is None:
-            return False
-        with self._lock:
-            return rows_on_cpu.add_grads(params, rows)  # type: ignore[no-any-return]
+        return rows_on_cpu is not None and rows_on_cpu.add_grads(params, rows)
 
     def add(self, tensors: list[Tensor], rows: list[int]) -> None:
         """Add tensors to their rows, one launch for each device."""
         known = self._buffers.get(tensors[0].device)
-        if known is not None and known.is_native and all(type(t) in PLAIN for t in tensors):
+        if known is not None and all(type(t) in PLAIN for t in tensors):
             # Nearly always kernels can read everything as it is, which they see faster than Python.
-            with self._lock:
-                if known.kernel(tensors, None, rows, *known.arguments_now()):
+            if known.rows_on_cpu is not None:
+                if known.rows_on_cpu.add(tensors, rows):
                     return
+            elif known.is_native:
+                with self._lock:
+                    if known.kernel(tensors, None, rows, *known.arguments_now()):
+                        return
         by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
         for tensor, row in zip(tensors, rows, strict=True):
             memory = readable(tensor)
@@ -169,6 +179,10 @@ class Recorder:
                 there[1].append(row)
         for device, (memories, their_rows) in by_device.items():
             buffer = self.buffer(device)
+            if buffer.rows_on_cpu is not None:
+                dense = [dispatch.readable(memory, False)[0] for memory in memories]
+                buffer.rows_on_cpu.add(dense, their_rows)
+                continue
             with self._lock:
                 dispatch.update(
                     memories, their_rows, False, *buffer.arguments_now(), buffer.backend
@@ -198,7 +212,7 @@ class Recorder:
     def add_fused(self, layer: int, raw: RawStats) -> None:
         """Take what a BatchNormReLU has measured in its own pass."""
         self._fused.append((layer, raw))
-        if _is_captured(raw.saved):
+        if raw.saved.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured_fused.append((layer, raw))
 
     @property
@@ -301,6 +315,10 @@ class Recorder:
             parcel["norm rows", str(i)] = torch.tensor(rows, dtype=torch.int64)
             parcel["norms", str(i)] = norms if self._norms else norms.clone()
         self._places, self._updates, self._norms = used, [], []
+
+
+def _decline(output: object, row: int) -> bool:
+    return False
 
 
 def _is_captured(tensor: Tensor) -> bool:
