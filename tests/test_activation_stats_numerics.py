@@ -82,6 +82,30 @@ def test_far_from_zero(
     assert_moments(of(values), values, PRECISION[dtype])
 
 
+FEW_VALUES = {
+    "one_or_zero": lambda n: (torch.rand(n) < 0.4).float(),
+    "signs": lambda n: torch.where(torch.rand(n) < 0.5, 0.1234567, -0.1234567),
+    "rare": lambda n: (torch.arange(n) % 10 == 7).float() * 0.7,
+    "mostly_zero": lambda n: (torch.randn(n) - 1.3).relu(),
+    "three": lambda n: torch.randn(3)[torch.randint(3, (n,))],
+    "halves": lambda n: torch.cat([torch.full((n - n // 2,), 0.3), torch.full((n // 2,), 1.7)]),
+    "far": lambda n: torch.where(torch.rand(n) < 0.4, 1000.0, 1001.37),
+}
+
+
+@pytest.mark.parametrize("distribution", FEW_VALUES)
+def test_few_values(backend: str, device: torch.device, distribution: str) -> None:
+    """Equal values round the same way every time; sizes are those of tails, vectors and units."""
+    spare_interpreted(backend, distribution in ("rare", "three", "far"))
+    sizes = (3, 15, 31, 129, 500, 1039, 1100, 1500, 2047, 3000)
+    repeats = {"torch": 1, "cpu": 8, "cuda": 4, "triton": 1}[backend]
+    for size in sizes[2::3] if backend == "triton" else sizes:
+        for _ in range(repeats):
+            values = FEW_VALUES[distribution](size).to(device)
+            histogram = size % 2 == 0
+            check(of(values, histogram=histogram), [values], PRECISION[torch.float32])
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("ratio", [1, 1000])
 def test_channels_far_from_zero(

@@ -17,9 +17,10 @@ struct Pilot {
   T scale = 1;  // a power of 2, so that it changes no digit
 };
 
-// Sums of a stretch of up to 1024 elements, in T.
+// Sums of up to 1024 elements, in T.
 template <class T>
 struct StretchSums {
+  int64_t count = 0;  // of the elements, the first of a stretch: whole vectors
   PowerSums<T> powers;
   T min = static_cast<T>(HUGE_VAL), max = -static_cast<T>(HUGE_VAL);
   int64_t num_zero = 0, num_negative = 0;
@@ -97,23 +98,14 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
     }
     return vector[0];
   };
-  PowerSums<T> rest;  // its roundings are small beside those of a sum over all
+  sums.count = i;
   sums.num_zero = sum(num_zero);
   sums.num_negative = sum(num_negative);
   for (int64_t k = 0; k < kWidth; ++k) {
     sums.min = std::min(sums.min, min[k]);
     sums.max = std::max(sums.max, max[k]);
   }
-  for (; i < n; ++i) {
-    if constexpr (kHasTables) ++tables[bucket_of(values[i])];
-    rest.add(values[i], (values[i] - pilot.value) * pilot.scale);
-    sums.num_zero += values[i] == T(0);
-    sums.num_negative += values[i] < T(0);
-    sums.min = std::min(sums.min, values[i]);
-    sums.max = std::max(sums.max, values[i]);
-  }
-  sums.powers = {sum(s1) + rest.s1, sum(s2) + rest.s2, sum(s3) + rest.s3, sum(s4) + rest.s4,
-                 sum(l1) + rest.l1};
+  sums.powers = {sum(s1), sum(s2), sum(s3), sum(s4), sum(l1)};
   return sums;
 }
 

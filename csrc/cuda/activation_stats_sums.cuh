@@ -13,6 +13,7 @@ struct StatsShared {
     uint32_t buckets[kNumBuckets];
     double values[kMostValues][kStatsBlockSize / 2];
   };
+  double least[kMostStatsColumns], most[kMostStatsColumns];  // of the inner samples
   double pilots[kMostStatsColumns];
   float scales[kMostStatsColumns];
   uint32_t votes[kNumSamples];
@@ -33,8 +34,9 @@ FASTREMEDY_DEVICE float scale_for(float distance) {
   return bit_cast<float>((254 - bounded) << 23);
 }
 
-// The pilot of a column is the median of its samples: a median is within one standard deviation of
-// the mean, however far outliers are. Samples vote for a bucket, too.
+// The pilot of a column is the mean of its samples; the outermost eighths may be outliers and count
+// as those beside them. A median of two values would be one of them, far enough from their mean to
+// change the fourth moment by 3e-6. Samples vote for a bucket, too.
 template <class T, class Part>
 FASTREMEDY_DEVICE void choose_pilots(const Part& part, int columns, StatsShared& shared) {
   if (threadIdx.x < kMostStatsColumns) {
@@ -59,11 +61,31 @@ FASTREMEDY_DEVICE void choose_pilots(const Part& part, int columns, StatsShared&
       rank += other < x || (other == x && k < mine);
       distance = ::fmax(distance, ::fabs(other - x));
     }
-    if (num_finite == 0 ? mine == 0 : is_finite(x) && rank == num_finite / 2) {
-      shared.pilots[c] = num_finite == 0 ? 0 : static_cast<double>(x);
-      shared.scales[c] = scale_for(static_cast<float>(distance));
+    if (num_finite == 0 && mine == 0) {
+      shared.least[c] = shared.most[c] = 0;
+      shared.scales[c] = 1;
+    }
+    if (num_finite > 0 && is_finite(x)) {
+      if (rank == num_finite / 8) shared.least[c] = static_cast<double>(x);
+      if (rank == num_finite - 1 - num_finite / 8) shared.most[c] = static_cast<double>(x);
+      if (rank == num_finite / 2) shared.scales[c] = scale_for(static_cast<float>(distance));
     }
     if (columns == 1) shared.votes[mine] = static_cast<uint32_t>(num_alike) * kNumBuckets + bucket;
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < columns) {
+    const double least = shared.least[threadIdx.x], most = shared.most[threadIdx.x];
+    double sum = 0, count = 0;
+#pragma unroll 1
+    for (int k = 0; k < kNumSamples; ++k) {
+      const T x = samples[k * columns + threadIdx.x];
+      if (!is_finite(x)) continue;
+      sum += ::fmin(::fmax(static_cast<double>(x), least), most);
+      count += 1;
+    }
+    // Rounding must not move the mean of equal values.
+    const double mean = count > 0 ? ::fmin(::fmax(sum / count, least), most) : 0;
+    shared.pilots[threadIdx.x] = static_cast<double>(static_cast<T>(mean));
   }
   __syncthreads();
 }
