@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -166,6 +167,53 @@ def test_attached_again(counter: Counter) -> None:
     assert counts
     for name, (first, second) in counts.items():
         assert first == second > 0, name
+
+
+@pytest.mark.filterwarnings("error::UserWarning:tests")
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "submodule"])
+@pytest.mark.parametrize("other", [True, False], ids=["second", "first"])
+def test_attached_to_compiled_code(counter: Counter, other: bool, whole: bool) -> None:
+    """Hooks that came later are not called: the first step says so, and what helps."""
+    model = make_model()
+    inner = torch.compile(model if whole else model[2:], backend=counter)
+    run = inner if whole else nn.Sequential(model[0], model[1], inner)
+    if other:
+        with Monitor(model) as before:
+            train(run, before)
+    train(run)
+    with Monitor(model) as monitor:
+        with pytest.warns(UserWarning, match=r"torch\.compiler\.reset\(\)") as caught:
+            train(run, monitor)
+        (warning,) = caught
+        message = str(warning.message)
+        names = ["0", "2", "4"] if whole else ["2", "4"]
+        assert message.startswith(f"{', '.join(names)} got gradients")
+        assert warning.filename.endswith("monitor_reference.py")
+        train(run, monitor)  # once
+        torch.compiler.reset()
+        train(run, monitor)
+    assert counts_of(monitor)["5"] == [0, 0, 20]
+
+
+@pytest.mark.filterwarnings("error::UserWarning:tests")
+def test_silent_layers_that_are_not_compiled(counter: Counter) -> None:
+    """Attention calls no module for its last projection, tied weights are used by another."""
+    torch.compile(nn.Linear(2, 2), backend=counter)(torch.ones(1, 2))
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(4, 2),
+            "embedding": nn.Linear(4, 4),
+            "head": nn.Linear(4, 4, bias=False),
+            "unused": nn.Linear(4, 4),
+        }
+    )
+    model["head"].weight = model["embedding"].weight
+    with Monitor(model, include=["*"]) as monitor, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            x = torch.randn(3, 1, 4)
+            model["head"](model["attention"](x, x, x)[0]).sum().backward()
+            monitor.step()
 
 
 @pytest.mark.slow

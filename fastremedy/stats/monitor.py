@@ -21,8 +21,9 @@ from .courier import Courier
 from .history import History, Rows
 from .hooks import Hooks, graph_task, is_watched
 from .recorder import Recorder
-from .report import Report
+from .report import COLUMNS, Report
 from .selection import Pattern, as_patterns, layers_of, parameters_of, tensors_in
+from .silence import Listener
 
 # Optimizers in a step for which any monitor wants statistics, and whether their owner does.
 _collecting: WeakKeyDictionary[Adam, bool] = WeakKeyDictionary()
@@ -59,10 +60,11 @@ class Monitor:
 
     Outputs count while the model is in training mode. Recomputations of checkpointing do not. In
     ``torch.compile`` and in CUDA graphs the monitor has to be attached before compilation or
-    capture, in a step that is monitored, as the first is; ``step`` stays outside. Where code is
-    compiled hooks stay until ``detach``, and a flag on the device disarms them: nothing is compiled
-    again for ``every``. After ``detach`` it is, and that code sees no hook later: call
-    ``torch.compiler.reset()`` before another ``attach``. Compiled code tells nothing of units.
+    capture, in a step that is monitored, as the first is, or its first step warns of compiled code;
+    ``step`` stays outside. Where code is compiled hooks stay until ``detach``, and a flag on the
+    device disarms them: nothing is compiled again for ``every``. After ``detach`` it is, and that
+    code sees no hook later: call ``torch.compiler.reset()`` before another ``attach``. Compiled
+    code tells nothing of units.
 
     Equivalent to: forward hooks that take statistics of outputs, and loops over the parameters
     before and after the optimizer's step.
@@ -130,27 +132,21 @@ class Monitor:
         layers = layers_of(model, *patterns) if activations else []
         params = parameters_of(model, *patterns) if gradients or weights or updates else []
         if not layers and not params:
-            raise ValueError(
-                f"nothing of the model is included: include={include!r}, exclude={exclude!r}"
-            )
-        wanted = {
-            "activations": activations,
-            "gradients": gradients,
-            "weights": weights,
-            "updates": updates,
-        }
+            raise ValueError(f"nothing of the model is included: {include=}, {exclude=}")
+        wanted = zip(COLUMNS, (activations, gradients, weights, updates), strict=True)
         self._model = model
         self._every = every
         self._full_every = full_every
         self._per_channel = per_channel
         self._process_group = process_group
-        self._parts = [name for name, is_wanted in wanted.items() if is_wanted]
+        self._parts = [name for name, is_wanted in wanted if is_wanted]
         self._rows = rows = Rows(layers, params, gradients, weights)
         rows_of_params = {id(param.tensor): row for row, param in enumerate(params)}
         self._params = [param.tensor for param in params]
         self._recorder = Recorder(model, max(1, rows.count), rows_of_params, per_channel)
         self._courier = Courier()
         self._history = History(rows, history)
+        self._listener = Listener(model, rows)
         around_step = self._before_step, self._after_step
         see = self._see_output, self._see_fused
         self._hooks = Hooks(model, layers, self._recorder, *see, around_step)
@@ -161,9 +157,8 @@ class Monitor:
         self._is_compiled = False
         self._rows_of_params = rows_of_params if gradients or weights else {}
         self._unread: dict[int, int] = {}  # parameters that this step has to read: rows by id
-        # The sizes of an optimizer's groups, and which of its parameters are watched.
-        self._ours: WeakKeyDictionary[Optimizer, tuple[list[int], list[Tensor]]]
-        self._ours = WeakKeyDictionary()
+        # Sizes of an optimizer's groups, and its parameters that are watched.
+        self._ours = WeakKeyDictionary[Optimizer, tuple[list[int], list[Tensor]]]()
         self._last_line: dict[Path, int] = {}
         self._last_histograms: dict[str, Tensor] = {}
 
@@ -181,6 +176,7 @@ class Monitor:
             text = "code that was compiled while the monitor was detached tells it nothing, unless"
             warnings.warn(f"{text} torch.compiler.reset() was called", UserWarning, stacklevel=2)
         self._is_attached = True
+        self._listener.begin()
         self._begin_step()
         for device in {param.device for param in self._model.parameters()}:
             if device.type != "meta":
@@ -234,15 +230,16 @@ class Monitor:
                 self._hooks.remove(keeps_outputs=self._is_compiled)
                 self._hooks.install(self._is_full or self._is_compiled)
             self._begin_step()
-        self._history.add(self._courier.arrived())
+        self._history.add(arrived := self._courier.arrived())
+        self._listener.hear(arrived)
         self._num_steps += 1
         is_armed = self._num_steps % self._every == 0
         if is_armed != self._hooks.are_installed:
             self._arm(is_armed)
 
     def _begin_step(self) -> None:
-        reads_params = self._rows.gradients or self._is_full
-        self._unread = dict(self._rows_of_params) if reads_params else {}
+        reads = self._rows.gradients or self._is_full
+        self._unread = dict(self._rows_of_params) if reads else {}
 
     def _arm(self, is_armed: bool) -> None:
         self._recorder.arm(is_armed)
