@@ -49,8 +49,8 @@ class Listener:
 def _layers_in(parcel: Parcel, rows: Rows) -> tuple[set[str], list[str]]:
     """Return layers with outputs, and those whose parameters have gradients.
 
-    Parameters that modules share say nothing of either, nor does the last projection of attention,
-    which is no call of a module.
+    Parameters that modules share say nothing of either, as those of the last projection of
+    attention, which calls no module for it.
     """
     seen: set[str] = set()
     trained: set[str] = set()
@@ -64,11 +64,6 @@ def _layers_in(parcel: Parcel, rows: Rows) -> tuple[set[str], list[str]]:
         elif what == "fused layout":
             seen.update(rows.layers[row].name for row in value[:, 0].tolist())
     layers = [layer for layer in rows.layers if layer.name in trained]
-    layers = [
-        layer
-        for layer in layers
-        if not isinstance(layer.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    ]
     owners = Counter(id(param) for layer in rows.layers for param in layer.module.parameters())
     return seen, [
         layer.name
