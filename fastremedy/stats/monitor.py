@@ -60,7 +60,7 @@ class Monitor:
 
     Outputs count while the model is in training mode. Recomputations of checkpointing do not. In
     ``torch.compile`` and in CUDA graphs the monitor has to be attached before compilation or
-    capture, in a step that is monitored, as the first is, or its first step warns of compiled code;
+    capture, in a step that is monitored, as the first is, or its second warns of compiled code;
     ``step`` stays outside. Where code is compiled hooks stay until ``detach``, and a flag on the
     device disarms them: nothing is compiled again for ``every``. After ``detach`` it is, and that
     code sees no hook later: call ``torch.compiler.reset()`` before another ``attach``. Compiled

@@ -13,17 +13,19 @@ from .history import Rows
 
 
 class Listener:
-    """Warns once after :meth:`begin` if there are layers that do not call their hooks."""
+    """Warns once, in the second step after :meth:`begin`, of layers that call no hooks."""
 
     def __init__(self, model: nn.Module, rows: Rows) -> None:
         """Listen to nothing yet."""
         self._model = model
         self._rows = rows
         self._listens = False
+        self._before: dict[str, float] = {}
 
     def begin(self) -> None:
-        """Wait for the first step with gradients."""
+        """Wait for two steps with gradients."""
         self._listens = True
+        self._before = {}
 
     def hear(self, arrived: list[tuple[int, Parcel]]) -> None:
         """Look at what steps have left; called by the monitor's ``step``."""
@@ -33,8 +35,16 @@ class Listener:
             seen, trained = _layers_in(parcel, self._rows)
             if not trained:
                 continue
+            before, self._before = self._before, trained
+            if not before:
+                continue
             self._listens = False
-            silent = [name for name in trained if name not in seen]
+            # Gradients that stay the same are old: there was no forward pass.
+            silent = [
+                name
+                for name in trained
+                if name not in seen and before.get(name) not in (None, trained[name])
+            ]
             if silent and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0:
                 warnings.warn(
                     f"{', '.join(silent)} got gradients, but the monitor saw no outputs of theirs: "
@@ -46,27 +56,31 @@ class Listener:
             return
 
 
-def _layers_in(parcel: Parcel, rows: Rows) -> tuple[set[str], list[str]]:
-    """Return layers with outputs, and those whose parameters have gradients.
+def _layers_in(parcel: Parcel, rows: Rows) -> tuple[set[str], dict[str, float]]:
+    """Return layers with outputs, and for those with gradients the sum of their magnitudes.
 
     Parameters that modules share say nothing of either, as those of the last projection of
     attention, which calls no module for it.
     """
     seen: set[str] = set()
-    trained: set[str] = set()
+    magnitudes: dict[str, float] = {}
     for (what, _), value in parcel.items():
         if what in ("moments", "counts"):
-            found = value[:, 0] if what == "moments" else value.sum(1)
-            places = found.nonzero()[:, 0].tolist()
-            seen.update(rows.layers[place].name for place in places if place < rows.first_gradient)
-            params = [place - rows.first_gradient for place in places if place < rows.first_weight]
-            trained.update(rows.params[row].name.rpartition(".")[0] for row in params if row >= 0)
+            outputs = value[: rows.first_gradient]
+            found = outputs[:, 0] if what == "moments" else outputs.sum(1)
+            seen.update(rows.layers[row].name for row in found.nonzero()[:, 0].tolist())
+        if what == "moments":
+            grads = value[rows.first_gradient : rows.first_weight]
+            for param, (count, *_, l1, _, _) in zip(rows.params, grads.tolist(), strict=False):
+                if count > 0:
+                    name = param.name.rpartition(".")[0]
+                    magnitudes[name] = magnitudes.get(name, 0.0) + l1
         elif what == "fused layout":
             seen.update(rows.layers[row].name for row in value[:, 0].tolist())
-    layers = [layer for layer in rows.layers if layer.name in trained]
     owners = Counter(id(param) for layer in rows.layers for param in layer.module.parameters())
-    return seen, [
-        layer.name
-        for layer in layers
-        if all(owners[id(param)] == 1 for param in layer.module.parameters())
-    ]
+    return seen, {
+        layer.name: magnitudes[layer.name]
+        for layer in rows.layers
+        if layer.name in magnitudes
+        and all(owners[id(param)] == 1 for param in layer.module.parameters())
+    }
