@@ -135,6 +135,12 @@ FASTREMEDY_HD bool is_positive(T z, T threshold) {
   return !(z <= threshold);
 }
 
+// Whether the gradient stays as it is. At NaN leaky ReLU scales it, as torch does.
+template <Activation kActivation, class T>
+FASTREMEDY_HD bool keeps_grad(T z, T threshold) {
+  return kActivation == Activation::kLeakyReLU ? z > threshold : is_positive(z, threshold);
+}
+
 template <Activation kActivation, class T>
 FASTREMEDY_HD T activate(T z, T threshold, T negative_slope) {
   switch (kActivation) {
@@ -159,9 +165,9 @@ FASTREMEDY_HD T activation_slope(T z, T threshold, T negative_slope) {
     case Activation::kIdentity:
       return T(1);
     case Activation::kReLU:
-      return is_positive(z, threshold) ? T(1) : T(0);
+      return keeps_grad<kActivation>(z, threshold) ? T(1) : T(0);
     case Activation::kLeakyReLU:
-      return is_positive(z, threshold) ? T(1) : negative_slope;
+      return keeps_grad<kActivation>(z, threshold) ? T(1) : negative_slope;
     case Activation::kELU:
       return z > T(0) ? T(1) : exp_of(z);
     case Activation::kSiLU: {
@@ -184,7 +190,7 @@ FASTREMEDY_HD double keep_if(bool condition, double value) {
 // ReLU drops a gradient, also an infinite one: 0 * inf would be NaN.
 template <Activation kActivation, class T>
 FASTREMEDY_HD T activation_grad(T z, T grad, T threshold, T negative_slope) {
-  if (kActivation == Activation::kReLU) return keep_if(is_positive(z, threshold), grad);
+  if (kActivation == Activation::kReLU) return keep_if(keeps_grad<kActivation>(z, threshold), grad);
   return grad * activation_slope<kActivation>(z, threshold, negative_slope);
 }
 

@@ -47,9 +47,9 @@ class Forward : Pass<T> {
 
  public:
   explicit Forward(const BatchNormForwardArgs& args)
-      : Pass<T>(args),
+      : Pass<T>(args, 2 + (args.residual != nullptr), 4),
         args_(args),
-        pilot_(layout_.period()),
+        pilot_(this->row(3)),
         is_plain_(!args.residual && !args.mask &&
                   (!args.dead || kActivation == Activation::kReLU)) {}
 
@@ -61,39 +61,34 @@ class Forward : Pass<T> {
     layout_.template run<T>(*this, reduces, applies);
   }
 
-  void prefetch(int64_t begin, int64_t n) const { Pass<T>::prefetch(args_.input, begin, n); }
-
   // The pilots of channels [begin, end).
   void begin_rows(int64_t begin, int64_t end) {
     layout_.for_each_pilot_of_rows(begin, end, [&](const Tile& tile, int64_t n) {
       auto input = reader(args_.input);
-      sum_heads(input.load(tile.begin, tile.size()), tile.row_size, tile.num_rows, n,
-                &pilot_[tile.channel]);
+      sum_heads(input.load(tile).values, tile.row_size, tile.num_rows, n, &pilot_[tile.channel]);
     });
-    const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
-    for (int64_t c = begin; c < end; ++c) pilot_[c] = usable_pilot(pilot_[c] * inv_count);
+    find_pilots(begin, end);
   }
 
-  void begin_columns() {
-    layout_.for_each_pilot_of_columns([&](const Tile& tile) {
+  void begin_columns(int64_t begin, int64_t end) {
+    layout_.for_each_pilot_of_columns(begin, end, [&](const Tile& tile) {
       auto input = reader(args_.input);
-      add_to(&pilot_[tile.column], input.load(tile.begin, tile.size()), tile.size());
+      add_to(&pilot_[tile.column], input.load(tile), tile.size());
     });
-    const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
-    for (T& pilot : pilot_) pilot = usable_pilot(pilot * inv_count);
+    find_pilots(begin, end);
     layout_.repeat(pilot_);
   }
 
   void sum_rows(const Tile& tile, double* sums, double* sums_of_squares) const {
     auto input = reader(args_.input);
-    cpu::sum_rows(input.load(tile.begin, tile.size()), tile.row_size, tile.num_rows,
-                  &pilot_[tile.channel], sums, sums_of_squares);
+    cpu::sum_rows(input.load(tile), tile.row_size, tile.num_rows, &pilot_[tile.channel], sums,
+                  sums_of_squares);
   }
 
   void sum_columns(const Tile& tile, T* sums, T* sums_of_squares) const {
     auto input = reader(args_.input);
-    cpu::sum_columns(input.load(tile.begin, tile.size()), tile.size(), layout_.width(tile),
-                     &pilot_[tile.column], sums, sums_of_squares);
+    cpu::sum_columns(input.load(tile), tile.size(), layout_.width(tile), &pilot_[tile.column], sums,
+                     sums_of_squares);
   }
 
   void finish(int64_t begin, int64_t end, const double* sums, const double* sums_of_squares) {
@@ -127,7 +122,7 @@ class Forward : Pass<T> {
         }
       }
     };
-    apply(tile, count_dead, [&](auto activation, const T* x, T* y) {
+    apply(tile, count_dead, [&](auto activation, const Source<T>& x, T* y) {
       normalize_rows<activation.value>(x, y, tile.row_size, tile.num_rows,
                                        this->normalizers(tile.channel), options_);
     });
@@ -137,7 +132,7 @@ class Forward : Pass<T> {
     const auto count_dead = [&](const auto* values) {
       count_zeros_in_columns(values, tile.size(), layout_.width(tile), dead + tile.column);
     };
-    apply(tile, count_dead, [&](auto activation, const T* x, T* y) {
+    apply(tile, count_dead, [&](auto activation, const Source<T>& x, T* y) {
       normalize_columns<activation.value>(x, y, tile.size(), layout_.width(tile),
                                           this->normalizers(tile.column), options_);
     });
@@ -146,6 +141,12 @@ class Forward : Pass<T> {
   int64_t* dead() const { return args_.dead; }
 
  private:
+  // From the sums of the first elements.
+  void find_pilots(int64_t begin, int64_t end) {
+    const T inv_count = T(1) / static_cast<T>(layout_.num_pilots());
+    for (int64_t c = begin; c < end; ++c) pilot_[c] = usable_pilot(pilot_[c] * inv_count);
+  }
+
   // About zero, so that ranks with other pilots can add theirs.
   void give_sums(int64_t begin, int64_t n, const double* sums, const double* squares) const {
     for (int64_t i = 0; i < n; ++i) {
@@ -202,7 +203,7 @@ class Forward : Pass<T> {
     const int64_t n = tile.size();
     auto input = reader(args_.input);
     auto output = writer(args_.output);
-    const T* x = input.load(tile.begin, tile.size());
+    const Source<T> x = input.load(tile);
     T* y = output.place(tile.begin);
     if (is_plain_) {
       normalize(std::integral_constant<Activation, kActivation>(), x, y);
@@ -213,17 +214,22 @@ class Forward : Pass<T> {
       alignas(64) T z[kBlockSize];
       normalize(std::integral_constant<Activation, Activation::kIdentity>(), x, z);
       auto residual = reader(args_.residual);
-      if (args_.residual) add_to(z, residual.load(tile.begin, tile.size()), n);
-      if (args_.mask || args_.dead) find_positive(z, flags, n, options_.threshold);
-      if (args_.dead) count_dead(static_cast<const uint8_t*>(flags));
+      if (args_.residual) add_to(z, residual.load(tile), n);
+      if (args_.dead) {
+        find_positive(z, flags, n, options_.threshold);
+        count_dead(static_cast<const uint8_t*>(flags));
+      }
+      if (args_.mask) {
+        find_kept<kActivation>(z, flags, n, options_.threshold);
+        layout_.for_each_mask_row(tile, flags, args_.mask, pack_bits);
+      }
       activate_all<kActivation>(z, y, n, options_);
       output.store(n);
-      if (args_.mask) layout_.for_each_mask_row(tile, flags, args_.mask, pack_bits);
     }
   }
 
   const BatchNormForwardArgs& args_;
-  LineVector<T> pilot_;
+  T* const pilot_;
   const bool is_plain_;
 };
 

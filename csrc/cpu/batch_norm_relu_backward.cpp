@@ -25,11 +25,11 @@ class Backward : Pass<T> {
 
  public:
   explicit Backward(const BatchNormBackwardArgs& args)
-      : Pass<T>(args),
+      : Pass<T>(args, 3 + (args.residual != nullptr) + (args.grad_residual != nullptr), 6),
         args_(args),
-        g_scale_(layout_.period()),
-        x_scale_(layout_.period()),
-        input_shift_(layout_.period()) {}
+        g_scale_(this->row(3)),
+        x_scale_(this->row(4)),
+        input_shift_(this->row(5)) {}
 
   void run() {
     const bool wants_sums = args_.training || args_.grad_weight.data || args_.grad_bias.data;
@@ -45,26 +45,23 @@ class Backward : Pass<T> {
     layout_.template run<T>(*this, reduces, applies);
   }
 
-  void prefetch(int64_t begin, int64_t n) const {
-    Pass<T>::prefetch(args_.input, begin, n);
-    Pass<T>::prefetch(args_.grad_output, begin, n);
-  }
-
   void begin_rows(int64_t, int64_t) const {}
-  void begin_columns() const {}
+  void begin_columns(int64_t, int64_t) const {}
 
   void sum_rows(const Tile& tile, double* sums_g, double* sums_gx) const {
-    visit(tile, normalize_tile_of_rows(tile), [&](auto activation, const T* x, const T* grad) {
-      sum_grad_rows<activation.value>(x, grad, tile.row_size, tile.num_rows,
-                                      normalizers(tile.channel), options_, sums_g, sums_gx);
-    });
+    visit(tile, normalize_tile_of_rows(tile),
+          [&](auto activation, const Source<T>& x, const Source<T>& grad) {
+            sum_grad_rows<activation.value>(x, grad, tile.row_size, tile.num_rows,
+                                            normalizers(tile.channel), options_, sums_g, sums_gx);
+          });
   }
 
   void sum_columns(const Tile& tile, T* sums_g, T* sums_gx) const {
-    visit(tile, normalize_tile_of_columns(tile), [&](auto activation, const T* x, const T* grad) {
-      sum_grad_columns<activation.value>(x, grad, tile.size(), layout_.width(tile),
-                                         normalizers(tile.column), options_, sums_g, sums_gx);
-    });
+    visit(tile, normalize_tile_of_columns(tile),
+          [&](auto activation, const Source<T>& x, const Source<T>& grad) {
+            sum_grad_columns<activation.value>(x, grad, tile.size(), layout_.width(tile),
+                                               normalizers(tile.column), options_, sums_g, sums_gx);
+          });
   }
 
   void finish(int64_t begin, int64_t end, const double* sums_g, const double* sums_gx) {
@@ -81,7 +78,8 @@ class Backward : Pass<T> {
 
   void apply_to_rows(const Tile& tile) const {
     apply(tile, normalize_tile_of_rows(tile),
-          [&](auto activation, auto batch_statistics, const T* x, const T* grad, T* dx) {
+          [&](auto activation, auto batch_statistics, const Source<T>& x, const Source<T>& grad,
+              T* dx) {
             input_grad_rows<activation.value, batch_statistics.value>(
                 x, grad, dx, tile.row_size, tile.num_rows, normalizers(tile.channel),
                 input_grads(tile.channel), options_);
@@ -90,7 +88,8 @@ class Backward : Pass<T> {
 
   void apply_to_columns(const Tile& tile, int32_t*) const {
     apply(tile, normalize_tile_of_columns(tile),
-          [&](auto activation, auto batch_statistics, const T* x, const T* grad, T* dx) {
+          [&](auto activation, auto batch_statistics, const Source<T>& x, const Source<T>& grad,
+              T* dx) {
             input_grad_columns<activation.value, batch_statistics.value>(
                 x, grad, dx, tile.size(), layout_.width(tile), normalizers(tile.column),
                 input_grads(tile.column), options_);
@@ -105,13 +104,13 @@ class Backward : Pass<T> {
   }
 
   auto normalize_tile_of_rows(const Tile& tile) const {
-    return [this, &tile](const T* x, T* z) {
+    return [this, &tile](const Source<T>& x, T* z) {
       normalize_rows<Activation::kIdentity>(x, z, tile.row_size, tile.num_rows,
                                             normalizers(tile.channel), options_);
     };
   }
   auto normalize_tile_of_columns(const Tile& tile) const {
-    return [this, &tile](const T* x, T* z) {
+    return [this, &tile](const Source<T>& x, T* z) {
       normalize_columns<Activation::kIdentity>(x, z, tile.size(), layout_.width(tile),
                                                normalizers(tile.column), options_);
     };
@@ -153,8 +152,7 @@ class Backward : Pass<T> {
   void visit(const Tile& tile, const Normalize& normalize_tile, const Use& use) const {
     const int64_t n = tile.size();
     auto input = reader(args_.input), grad_output = reader(args_.grad_output);
-    const T* x = input.load(tile.begin, tile.size());
-    const T* grad = grad_output.load(tile.begin, tile.size());
+    const Source<T> x = input.load(tile), grad = grad_output.load(tile);
     alignas(64) T g[kBlockSize];
     if (args_.mask) {
       uint8_t flags[kBlockSize];
@@ -162,26 +160,26 @@ class Backward : Pass<T> {
           tile, flags, args_.mask,
           [](uint8_t* row, const uint8_t* bytes, int64_t size) { unpack_bits(bytes, row, size); });
       const bool is_leaky = kActivation == Activation::kLeakyReLU;
-      find_masked_grads(flags, grad, g, n, is_leaky ? options_.negative_slope : T(0));
+      find_masked_grads(flags, grad.values, g, n, is_leaky ? options_.negative_slope : T(0));
     } else if (args_.residual) {
       alignas(64) T z[kBlockSize];
       normalize_tile(x, z);
       auto residual = reader(args_.residual);
-      add_to(z, residual.load(tile.begin, tile.size()), n);
-      find_activation_grads<kActivation>(z, grad, g, n, options_);
+      add_to(z, residual.load(tile), n);
+      find_activation_grads<kActivation>(z, grad.values, g, n, options_);
     } else {
       return use(std::integral_constant<Activation, kActivation>(), x, grad);
     }
-    use(std::integral_constant<Activation, Activation::kIdentity>(), x, g);
+    use(std::integral_constant<Activation, Activation::kIdentity>(), x, Source<T>{g, grad.later});
   }
 
   template <class Normalize, class Write>
   void apply(const Tile& tile, const Normalize& normalize_tile, const Write& write) const {
-    visit(tile, normalize_tile, [&](auto activation, const T* x, const T* g) {
+    visit(tile, normalize_tile, [&](auto activation, const Source<T>& x, const Source<T>& g) {
       const int64_t n = tile.size();
       if (args_.grad_residual) {
         auto grad_residual = writer(args_.grad_residual);
-        std::copy_n(g, n, grad_residual.place(tile.begin));
+        std::copy_n(g.values, n, grad_residual.place(tile.begin));
         grad_residual.store(tile.size());
       }
       if (args_.grad_input == nullptr) return;
@@ -197,7 +195,7 @@ class Backward : Pass<T> {
   }
 
   const BatchNormBackwardArgs& args_;
-  LineVector<T> g_scale_, x_scale_, input_shift_;
+  T *const g_scale_, *const x_scale_, *const input_shift_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <type_traits>
 
 #include "batch_norm_relu_channels.h"
@@ -12,30 +13,55 @@
 
 namespace fastremedy::cpu {
 
+// A tile at a time, while the one that is read later is on its way.
+template <class T>
+class TileReader {
+ public:
+  TileReader(const void* data, DType dtype) : data_(data), dtype_(dtype), block_(data, dtype) {}
+
+  Source<T> load(const Tile& tile) {
+    const T* const values = block_.load(tile.begin, tile.size());
+    if (element_size(dtype_) == sizeof(T)) return {values, values + tile.ahead};
+    // Beside a converted copy lies nothing to ask for. For the next elements in memory the
+    // conversion did.
+    const auto* const later = static_cast<const uint16_t*>(data_) + tile.begin + tile.ahead;
+    const int64_t n = std::abs(tile.ahead) > kBlockSize ? tile.size() : 0;
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(later + i);
+    return {values, values};
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(uint16_t);
+
+  const void* const data_;
+  const DType dtype_;
+  TensorBlock<T> block_;
+};
+
 // What both directions share.
 template <class T>
 class Pass {
  protected:
+  // The call has so many tensors of elements, and rows of numbers of the channels: three for z,
+  // those after them for the direction.
   template <class Args>
-  explicit Pass(const Args& args)
+  Pass(const Args& args, int64_t num_tensors, int64_t num_rows)
       : layout_(args.shape),
+        streams_(layout_.streams(num_tensors)),
         saved_(args.saved),
         weight_(args.weight),
         bias_(args.bias),
         options_{zero_threshold<T>(args.shape.dtype), static_cast<T>(args.negative_slope)},
-        mean_(layout_.period()),
-        scale_(layout_.period()),
-        shift_(layout_.period()) {}
+        stride_((layout_.period() + kNumLanes<T> - 1) / kNumLanes<T> * kNumLanes<T>),
+        rows_(num_rows * stride_),
+        mean_(row(0)),
+        scale_(row(1)),
+        shift_(row(2)) {}
 
-  TensorBlock<T> reader(const void* data) const { return {data, layout_.dtype()}; }
-  TensorBlock<T> writer(void* data) const { return {data, layout_.dtype(), layout_.streams()}; }
+  T* row(int64_t i) { return rows_.data() + i * stride_; }
 
-  void prefetch(const void* data, int64_t begin, int64_t n) const {
-    constexpr int64_t kLineBytes = 64;
-    const int element_bytes = element_size(layout_.dtype());
-    const char* first = static_cast<const char*>(data) + begin * element_bytes;
-    for (int64_t i = 0; i < n * element_bytes; i += kLineBytes) __builtin_prefetch(first + i);
-  }
+  TileReader<T> reader(const void* data) const { return {data, layout_.dtype()}; }
+  TensorBlock<T> writer(void* data) const { return {data, layout_.dtype(), streams_}; }
 
   StatisticsRows<T> statistics(int64_t begin) const { return {saved_, layout_.channels(), begin}; }
 
@@ -62,10 +88,13 @@ class Pass {
   Normalizers<T> normalizers(int64_t c) const { return {&mean_[c], &scale_[c], &shift_[c]}; }
 
   const Layout layout_;
+  const bool streams_;  // results go past the cache
   const void* const saved_;
   const ChannelValues weight_, bias_;
   const ActivationOptions<T> options_;
-  LineVector<T> mean_, scale_, shift_;
+  const int64_t stride_;
+  LineVector<T> rows_;  // one piece of memory: each takes as long as a hundred channels
+  T *const mean_, *const scale_, *const shift_;
 };
 
 // Runs Direction<activation, T>(args).
