@@ -188,9 +188,10 @@ def test_relu_drops_an_infinite_gradient() -> None:
 
 
 @LAYOUTS
-def test_only_what_is_wanted_is_written(channels_last: bool) -> None:
-    input, grad = (randn((4, 3, 9), torch.float32, channels_last) for _ in range(2))
-    layer = Layer(3, torch.float32, channels_last)
+@pytest.mark.parametrize("shape", [(4, 3, 9), (4, 4, 16)], ids=["", "vectors"])
+def test_only_what_is_wanted_is_written(shape: tuple[int, int, int], channels_last: bool) -> None:
+    input, grad = (randn(shape, torch.float32, channels_last) for _ in range(2))
+    layer = Layer(shape[1], torch.float32, channels_last)
     layer.forward(input)
     expected = layer.backward(grad, input)
     for i in range(4):

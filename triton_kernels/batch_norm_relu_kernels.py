@@ -368,7 +368,7 @@ def input_grad_kernel(
     grad_output_ptr = wide_pointer(grad_output_ptr, VEC)
     input_ptr = wide_pointer(input_ptr, VEC)
     residual_ptr = None if residual_ptr is None else wide_pointer(residual_ptr, VEC)
-    grad_input_ptr = wide_pointer(grad_input_ptr, VEC)
+    grad_input_ptr = None if grad_input_ptr is None else wide_pointer(grad_input_ptr, VEC)
     grad_residual_ptr = None if grad_residual_ptr is None else wide_pointer(grad_residual_ptr, VEC)
     begin, end = tile_range(part, split, tiles_per_split, ROWS, COLS)
     for index in range(begin, end):
