@@ -47,6 +47,15 @@ def is_positive(z, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def keeps_grad(z, positive, ACTIVATION: tl.constexpr):
+    """Whether the gradient stays as it is; at NaN leaky ReLU scales it, as torch does."""
+    if ACTIVATION == "leaky_relu":
+        return positive & (z == z)
+    else:
+        return positive
+
+
+@triton.jit
 def activate(z, positive, ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
     """Return the activation of z."""
     if ACTIVATION == "relu":
@@ -62,12 +71,12 @@ def activate(z, positive, ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr
 
 
 @triton.jit
-def activation_grad(z, positive, grad, ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
-    """Return the gradient of z; z is unused by the activations that need the sign alone."""
+def activation_grad(z, kept, grad, ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
+    """Return the gradient of z; z is unused by the activations that need one bit alone."""
     if ACTIVATION == "relu":
-        return tl.where(positive, grad, 0.0)  # 0 * inf would be NaN
+        return tl.where(kept, grad, 0.0)  # 0 * inf would be NaN
     elif ACTIVATION == "leaky_relu":
-        return tl.where(positive, grad, grad * NEGATIVE_SLOPE)
+        return tl.where(kept, grad, grad * NEGATIVE_SLOPE)
     elif ACTIVATION == "elu":
         return tl.where(z > 0, grad, grad * exp_of(z))
     elif ACTIVATION == "silu":

@@ -19,6 +19,7 @@ from .batch_norm_relu_blocks import (
     combine_partials,
     elements_of,
     is_positive,
+    keeps_grad,
     load_input_grad,
     load_normalizer,
     load_pilot,
@@ -195,14 +196,14 @@ def normalize_kernel(
         positive = is_positive(z, DTYPE)
         y = activate(z, positive, ACTIVATION, NEGATIVE_SLOPE)
         tl.store(output_ptr + offsets, narrow(y, DTYPE), mask=mask)
-        bits = (positive & mask).to(tl.int32)
         if mask_ptr is not None:
+            bits = (keeps_grad(z, positive, ACTIVATION) & mask).to(tl.int32)
             octets = tl.reshape(bits, (ROWS, COLS // 8, 8))
             byte = tl.sum(octets << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
             byte_offsets, byte_mask = mask_bytes_of(tile, mask_part, ROWS, COLS)
             tl.store(mask_ptr + byte_offsets, byte, mask=byte_mask)
         if dead_ptr is not None:
-            dead += mask.to(tl.int32) - bits
+            dead += mask.to(tl.int32) - (positive & mask).to(tl.int32)
     if dead_ptr is not None:
         count = sum_tile(dead, CHANNELS_LAST).to(tl.int64)
         tl.atomic_add(dead_ptr + channel, count, mask=inside, sem="relaxed")
@@ -236,12 +237,12 @@ def _load_gradient(
         byte_offsets, byte_mask = mask_bytes_of(tile, mask_part, ROWS, COLS)
         byte = tl.load(mask_ptr + byte_offsets, mask=byte_mask, other=0).to(tl.int32)
         bits = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-        positive = tl.reshape(bits, (ROWS, COLS)) != 0
+        kept = tl.reshape(bits, (ROWS, COLS)) != 0
     else:
         if residual_ptr is not None:
             z += widen(tl.load(residual_ptr + offsets, mask=mask, other=0), z.dtype)
-        positive = is_positive(z, DTYPE)
-    return activation_grad(z, positive, grad, ACTIVATION, NEGATIVE_SLOPE)
+        kept = keeps_grad(z, is_positive(z, DTYPE), ACTIVATION)
+    return activation_grad(z, kept, grad, ACTIVATION, NEGATIVE_SLOPE)
 
 
 @triton.jit(do_not_specialize=SIZES)

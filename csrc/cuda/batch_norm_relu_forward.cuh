@@ -183,19 +183,22 @@ __global__ void __launch_bounds__(kNormalizeBlockSize, kNormalizeBlocks)
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) z[k] += residual[k];
         }
-        uint32_t positive = 0;
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          positive |= static_cast<uint32_t>(is_positive(z[k], threshold)) << k;
-        }
-        if (args.mask) store_mask<Lane>(args.mask, shape, p, positive);
         if (args.dead && p.is_inside) {
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) {
-            num_dead[kChannelsLast ? k : 0] += ~positive >> k & 1;
+            num_dead[kChannelsLast ? k : 0] += !is_positive(z[k], threshold);
           }
         }
         with_activation<true>(args.activation, [&](auto activation) {
+          if (args.mask) {
+            uint32_t kept = 0;
+#pragma unroll
+            for (int k = 0; k < kWidth; ++k) {
+              const bool keeps = keeps_grad<decltype(activation)::value>(z[k], threshold);
+              kept |= static_cast<uint32_t>(keeps) << k;
+            }
+            store_mask<Lane>(args.mask, shape, p, kept);
+          }
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) {
             z[k] = activate<decltype(activation)::value>(z[k], threshold, negative_slope);

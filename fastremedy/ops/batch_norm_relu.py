@@ -17,7 +17,7 @@ from torch.nn import functional as F
 # The place of a name is its number in csrc/core/batch_norm_relu.h.
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "silu")
 
-# Their slope is known from the sign of z: one bit is kept instead of a residual.
+# Their slope is one of two: a bit is kept instead of a residual.
 SIGN_IS_ENOUGH = ("relu", "leaky_relu")
 
 REDUCE, FINISH, BOTH = 0, 1, 2  # phases: ranks of a group sum up between the first two
@@ -42,18 +42,18 @@ def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
 
 
 def activation_grad(
-    grad: Tensor, z: Tensor, positive: Tensor, activation: str, negative_slope: float
+    grad: Tensor, z: Tensor, kept: Tensor, activation: str, negative_slope: float
 ) -> Tensor:
-    """Return the gradient of ``z``; ``positive`` is the sign of z rounded to the input's dtype.
+    """Return the gradient of ``z``; ``kept`` is :func:`keeps_grad`.
 
     Differentiable in ``z`` too, which is not used where the sign is enough.
     """
     if activation == "identity":
         return grad
     if activation == "relu":
-        return torch.where(positive, grad, 0.0)
+        return torch.where(kept, grad, 0.0)
     if activation == "leaky_relu":
-        return torch.where(positive, grad, grad * negative_slope)
+        return torch.where(kept, grad, grad * negative_slope)
     if activation == "elu":
         return torch.where(z > 0, grad, grad * z.clamp(max=0).exp())
     sigmoid = z.sigmoid()
@@ -202,7 +202,7 @@ def forward(
     else:
         output.copy_(activate(z, name, negative_slope))
     if mask is not None:
-        mask.copy_(pack_rows(positive, channels_last))
+        mask.copy_(pack_rows(keeps_grad(z, input.dtype, name), channels_last))
     if dead is not None:
         dead.copy_((~positive).sum(dims))
 
@@ -233,10 +233,12 @@ def backward(
     def grad_of(grad: Tensor, z: Tensor) -> Tensor:
         if residual is not None:
             z = z + residual.double()
-        positive = is_positive(z, input.dtype)
+        name = ACTIVATIONS[activation]
         if mask is not None:
-            positive = unpack_rows(mask, input.shape, channels_last)
-        return activation_grad(grad, z, positive, ACTIVATIONS[activation], negative_slope)
+            kept = unpack_rows(mask, input.shape, channels_last)
+        else:
+            kept = keeps_grad(z, input.dtype, name)
+        return activation_grad(grad, z, kept, name, negative_slope)
 
     means = None
     if phase == FINISH:
@@ -263,6 +265,11 @@ def backward(
 def is_positive(z: Tensor, dtype: torch.dtype) -> Tensor:
     """Whether z is above zero, or NaN, when rounded to ``dtype``."""
     return ~(z.to(dtype) <= 0)
+
+
+def keeps_grad(z: Tensor, dtype: torch.dtype, activation: str) -> Tensor:
+    """Whether the gradient stays as it is; at NaN leaky ReLU scales it, as torch does."""
+    return z.to(dtype) > 0 if activation == "leaky_relu" else is_positive(z, dtype)
 
 
 def pack_rows(flags: Tensor, channels_last: bool) -> Tensor:

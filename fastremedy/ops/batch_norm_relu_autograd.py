@@ -15,7 +15,7 @@ from .batch_norm_relu import (
     REDUCE,
     activation_grad,
     gradients,
-    is_positive,
+    keeps_grad,
     other_dims,
     unpack_rows,
 )
@@ -185,11 +185,11 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
 
     def grad_of(grad: Tensor, z: Tensor) -> Tensor:
         if mask is not None:
-            positive = unpack_rows(mask, input.shape, is_channels_last(input))
+            kept = unpack_rows(mask, input.shape, is_channels_last(input))
         else:
             z = z if residual is None else z + residual.to(z.dtype)
-            positive = is_positive(z, input.dtype)
-        return activation_grad(grad, z, positive, options.activation, options.negative_slope)
+            kept = keeps_grad(z, input.dtype, options.activation)
+        return activation_grad(grad, z, kept, options.activation, options.negative_slope)
 
     of_input, of_weight, of_bias, of_residual = gradients(
         grad_output, x, weight, bias, mean, invstd, grad_of, options.training
