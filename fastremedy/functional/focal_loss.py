@@ -19,6 +19,7 @@ from ..ops.focal_loss import (
     Options,
     check_labels,
     composite,
+    compute_dtype,
     is_labels,
     measure,
 )
@@ -258,7 +259,7 @@ def _run(
     else:
         backend = backends.active(dispatch.STEM, input.device)
     if backend == "torch":
-        x = input.to(_compute_dtype(input)) if input.dtype in KERNEL_DTYPES else input
+        x = input.to(compute_dtype(input)) if input.dtype in KERNEL_DTYPES else input
         if not (is_traced(input) or torch._C._are_functorch_transforms_active()):
             check_labels(target, input.shape[1], options)
         loss = composite(x, target, classes, options).to(loss_dtype)
@@ -269,7 +270,7 @@ def _run(
         target = target.contiguous()
     else:
         if torch.float64 in (input.dtype, target.dtype):  # kernels compute in one width
-            target = target.to(_compute_dtype(input))
+            target = target.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
         target = like(target.resolve_neg(), input)
     tensors = (input, target, *classes)
     if torch.is_grad_enabled() and input.requires_grad:
@@ -277,10 +278,6 @@ def _run(
         return apply(*tensors, options, loss_dtype, wants_stats, backend)
     forward = run_forward(input, target, classes, options, loss_dtype, wants_stats, backend)
     return forward.loss, forward.stats
-
-
-def _compute_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _loss_dtype(input: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import focal_loss_dispatch as dispatch
 from .dispatch import is_plain
-from .focal_loss import REDUCTIONS, ClassVectors, Options, composite
+from .focal_loss import REDUCTIONS, ClassVectors, Options, composite, compute_dtype
 from .layouts import like
 from .memory import empty_like
 
@@ -110,9 +110,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> Tensor:
     input, target, alpha, weight, pos_weight, *_ = ctx.saved_tensors
     options, loss_dtype, *_ = ctx.call
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     with torch.enable_grad():
-        x = input.to(dtype)
+        x = input.to(compute_dtype(input))
         loss = composite(x, target, ClassVectors(alpha, weight, pos_weight), options)
         grads: tuple[Tensor, ...] = torch.autograd.grad(
             loss.to(loss_dtype), input, grad_output, create_graph=True
