@@ -20,8 +20,6 @@ FORMS = ("sigmoid", "softmax")
 
 # Relative error of what is computed in a dtype; halves are computed in float32 and rounded once.
 PRECISION = {torch.float64: 1e-12, torch.float32: 1e-6}
-# torch's own operators round gamma log(q), up to 88, and take the slope of p from 1 - p.
-TORCH_PRECISION = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 
 class Exact(NamedTuple):

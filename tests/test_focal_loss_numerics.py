@@ -16,7 +16,6 @@ from .focal_loss_reference import (
     FORMS,
     GAMMAS,
     PRECISION,
-    TORCH_PRECISION,
     assert_close_to_exact,
     function_of,
     label_shares,
@@ -27,7 +26,7 @@ from .focal_loss_reference import (
     softmax_exactly,
     softmax_reference,
 )
-from .reference import FLOATS, assert_same_bits
+from .reference import FLOATS, UNIT_ROUNDOFF, assert_same_bits
 
 focal_loss = fastremedy.functional.focal_loss
 sigmoid_focal_loss = fastremedy.functional.sigmoid_focal_loss
@@ -38,20 +37,19 @@ LOGITS = (0.0, *SIZES, *(-size for size in SIZES))
 HUGE = (1e30, -1e30, 1e38, -1e38)
 
 
-def logits_of(dtype: torch.dtype, backend: str, count: int) -> Tensor:
+def logits_of(dtype: torch.dtype, count: int) -> Tensor:
     """Return LOGITS and ``count`` others, as the dtype has them."""
     generator = torch.Generator().manual_seed(0)
     others = torch.rand(count, generator=generator, dtype=torch.float64) * 170 - 85
-    # torch's own derivative of a power multiplies a logit by gamma.
-    given = torch.tensor([*LOGITS, *(HUGE[:2] if backend == "torch" else HUGE)]).double()
+    given = torch.tensor([*LOGITS, *HUGE]).double()
     values = torch.cat([given, others]).to(dtype)
     return values[values.isfinite()]
 
 
-def precision_of(backend: str, gamma: float) -> dict[torch.dtype, float]:
+def precision_of(gamma: float, roundings: int) -> dict[torch.dtype, float]:
     """Return it for powers of a computed 1 - p, whose relative error counts gamma times."""
-    base = TORCH_PRECISION if backend == "torch" else PRECISION
-    return {dtype: value * max(1.0, gamma / 2) for dtype, value in base.items()}
+    of_power = gamma * roundings * UNIT_ROUNDOFF[torch.float32]
+    return {**PRECISION, torch.float32: max(PRECISION[torch.float32], of_power)}
 
 
 @ALL_GAMMAS
@@ -62,8 +60,7 @@ def test_sigmoid_of_hard_targets(
 ) -> None:
     """Finite everywhere, exact to 1e-6; labels and dense targets, both answers."""
     spare(backend, reduction == "sum" and gamma not in (1.0, 1.3))
-    x = logits_of(dtype, backend, 60)
-    precision = TORCH_PRECISION if backend == "torch" else PRECISION
+    x = logits_of(dtype, 60)
     for target in (0, 1):
         exact = [sigmoid_exactly(value, target, gamma) for value in x.tolist()]
         labels = torch.full(x.shape, 1 - target)  # there is class 0 and no other
@@ -74,8 +71,8 @@ def test_sigmoid_of_hard_targets(
                 alpha=None, gamma=gamma, reduction=reduction, background_class=1,
             )  # fmt: skip
             if reduction == "none":
-                assert_close_to_exact(loss, [e.loss for e in exact], precision=precision)
-            assert_close_to_exact(grad, [e.slope for e in exact], precision=precision)
+                assert_close_to_exact(loss, [e.loss for e in exact])
+            assert_close_to_exact(grad, [e.slope for e in exact])
 
 
 @ALL_GAMMAS
@@ -85,7 +82,7 @@ def test_sigmoid_of_soft_targets(
     backend: str, device: torch.device, dtype: torch.dtype, smoothing: float, gamma: float
 ) -> None:
     """Relative to the terms that the gradient is the difference of."""
-    x = logits_of(dtype, backend, 10)
+    x = logits_of(dtype, 10)
     shares = torch.tensor([0, 0.1, 0.3, 0.5, 0.9, 1], dtype=dtype)
     targets = shares.expand(len(x), -1)
     input = x[:, None].expand(targets.shape)
@@ -96,8 +93,10 @@ def test_sigmoid_of_soft_targets(
         sigmoid_focal_loss, input.to(device), targets.to(device),
         alpha=None, gamma=gamma, label_smoothing=smoothing, pos_weight=pos_weight,
     )  # fmt: skip
-    precision = precision_of(backend, gamma)
-    assert_close_to_exact(loss, [e.loss for e in exact], precision=precision)
+    # 1 - p_t: the target, the exponential, their sum with the rest, and two logarithms; that of
+    # Triton is a longer polynomial.
+    precision = precision_of(gamma, {"torch": 0, "triton": 7}.get(backend, 5))
+    assert_close_to_exact(loss, [e.loss for e in exact], None, precision)
     magnitudes = [e.magnitude for e in exact]
     assert_close_to_exact(grad, [e.slope for e in exact], magnitudes, precision)
 
@@ -116,6 +115,18 @@ def rows_of(num_classes: int, dtype: torch.dtype) -> Tensor:
     return torch.stack(rows).to(dtype)
 
 
+def rounding_of(backend: str, x: Tensor, gamma: float) -> float:
+    """Return what kernels for GPUs lose: a difference of logits is rounded to one float32.
+
+    Half a unit in its last place is a relative error of an exponential, thus of 1 - p, which counts
+    1 + gamma times.
+    """
+    if backend not in ("cuda", "triton"):
+        return 0.0
+    gap = (x.amax(1) - x.amin(1)).clamp(max=88).max().item()  # exp(-88) is 0
+    return torch.finfo(torch.float32).eps / 2 * gap * (1 + gamma)
+
+
 def check_rows(
     backend: str,
     input: Tensor,
@@ -129,7 +140,8 @@ def check_rows(
     loss, grad = run(focal_loss, input, target, gamma=gamma, reduction="none", **options)
     rows = zip(input.tolist(), shares, strict=True)
     exact = [softmax_exactly(tuple(row), share, gamma) for row, share in rows]
-    precision = precision_of(backend, gamma)
+    # 1 - p on a GPU: the exponentials, their sum, 1 + it, its reciprocal and a product.
+    precision = precision_of(gamma, 5 if backend in ("cuda", "triton") else 0)
     precision[torch.float32] += rounding
     num_classes = input.shape[1]
     assert_close_to_exact(loss, [e.loss for e in exact], None, precision, num_classes)
@@ -189,7 +201,6 @@ def test_softmax_of_probabilities(
 def test_softmax_of_many_classes(
     backend: str, device: torch.device, kind: str, gamma: float
 ) -> None:
-    """A subtraction from the largest logit rounds: by half a unit in the last place of the gap."""
     num_classes = 1000
     spare(backend, gamma == 0.5)
     x = 4 * torch.randn(5, num_classes)
@@ -205,22 +216,35 @@ def test_softmax_of_many_classes(
         target[torch.arange(5), torch.tensor([1, 999, 2, 3, 5])] = 0.75
         target[:, 500] = 0.25
         shares = [tuple((c, t) for c, t in enumerate(row) if t) for row in target.tolist()]
-    gap = (x.amax(1) - x.amin(1)).clamp(max=100).max().item()
-    rounding = torch.finfo(torch.float32).eps / 2 * gap * max(1.0, gamma)
+    rounding = rounding_of(backend, x, gamma)
     check_rows(
         backend, x.to(device), target.to(device), shares, gamma, rounding, label_smoothing=smoothing
     )
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.3, 2.0])
-def test_logits_that_are_not_integers(backend: str, device: torch.device, gamma: float) -> None:
+@ALL_GAMMAS
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("num_classes", [2, 7, 40])
+def test_softmax_of_logits_that_are_not_integers(
+    backend: str, device: torch.device, num_classes: int, smoothing: float, gamma: float
+) -> None:
+    """Differences of logits that float32 does not have."""
+    spare(backend, gamma in (0.25, 1.3) or num_classes == 7)
     for scale in (1, 5, 20):
-        x = scale * torch.randn(16, 7)
-        target = torch.arange(16) % 7
-        shares = [label_shares(label, 7) for label in target.tolist()]
-        gap = (x.amax(1) - x.amin(1)).max().item()
-        rounding = torch.finfo(torch.float32).eps / 2 * gap * max(1.0, gamma)
-        check_rows(backend, x.to(device), target.to(device), shares, gamma, rounding)
+        x = scale * torch.randn(12, num_classes)
+        target = torch.arange(12) % num_classes
+        x[::2].scatter_add_(1, target[::2, None], torch.full((6, 1), 2.7 * scale))
+        shares = [label_shares(label, num_classes, smoothing) for label in target.tolist()]
+        rounding = rounding_of(backend, x, gamma)
+        check_rows(
+            backend,
+            x.to(device),
+            target.to(device),
+            shares,
+            gamma,
+            rounding,
+            label_smoothing=smoothing,
+        )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])

@@ -58,6 +58,7 @@ def power(q, whole, part, gamma, GAMMA: tl.constexpr):
         total = a + b
         rest = total - a
         low = _product_error(value, whole, a) + value_low * whole
+        low += _product_error(value, part, b)
         low += (a - (total - rest)) + (b - rest)
         # Large products have a large `low`, and an exponential of 0.
         return exp_of(-total, tl.where(total > 100.0, 0.0, -low))
@@ -87,8 +88,8 @@ def _focal_of_hard_target(x, is_positive, weights, gamma, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def _focal_of_soft_target(x, target, weights, gamma, GAMMA: tl.constexpr):
-    """Return loss and slope of any target in [0, 1]: ``p_t = t p + (1 - t) (1 - p)``."""
+def _focal_of_soft_target(x, target, not_target, weights, gamma, GAMMA: tl.constexpr):
+    """Return loss and slope of a target in [0, 1] and the rest: ``p_t = t p + (1 - t) (1 - p)``."""
     positive, negative, pos_weight = weights
     magnitude = tl.abs(x)
     e = exp_of(-magnitude)
@@ -98,19 +99,20 @@ def _focal_of_soft_target(x, target, weights, gamma, GAMMA: tl.constexpr):
     is_high = x > 0
     p = tl.where(is_high, r, small)
     not_p = tl.where(is_high, small, r)
-    not_target = 1.0 - target
     # 1 - p_t = r w, with w from the share of the target on the side of the logit and the rest.
     with_logit = tl.where(is_high, target, not_target)
     against = tl.where(is_high, not_target, target)
     is_right = against == 0
     w = tl.where(is_right, e, against + with_logit * e)
     q = r * w
-    whole = tl.where(is_right, magnitude, -log_of(w))
+    log_w, log_w_low = log_parts(w)
+    whole = tl.where(is_right, magnitude, -log_w)
+    part = tl.where(is_right, log1p_e, log1p_e - log_w_low)
     ce = pos_weight * target * (log1p_e + tl.where(is_high, 0.0, -x))
     ce += not_target * (log1p_e + tl.where(is_high, x, 0.0))
     ce_slope = not_target * p - pos_weight * target * not_p
     log_q_slope = (not_target - target) * r * tl.where(is_right, 1.0, e / w)
-    factor = power(q, whole, log1p_e, gamma, GAMMA)
+    factor = power(q, whole, part, gamma, GAMMA)
     factor *= positive * target + negative * not_target
     return factor * ce, factor * (gamma[0] * log_q_slope * ce + ce_slope)
 
@@ -123,10 +125,13 @@ def focal_of_target(
     if LABELS and not SMOOTH:
         return _focal_of_hard_target(x, target, weights, gamma, GAMMA)
     else:
+        target = target.to(x.dtype)
+        not_target = 1.0 - target
         if SMOOTH:
-            # Of two classes, the element's own and not that.
-            target = target.to(x.dtype) * (1.0 - smoothing) + 0.5 * smoothing
-        return _focal_of_soft_target(x, target, weights, gamma, GAMMA)
+            # Each by itself: the difference of a smoothed target from 1 has lost digits.
+            target = target * (1.0 - smoothing) + 0.5 * smoothing
+            not_target = not_target * (1.0 - smoothing) + 0.5 * smoothing
+        return _focal_of_soft_target(x, target, not_target, weights, gamma, GAMMA)
 
 
 # --- softmax: one class ---

@@ -45,7 +45,7 @@ struct Gamma {
       : value(static_cast<T>(gamma)), low(static_cast<T>(gamma - static_cast<double>(value))) {}
 };
 
-// q^gamma, where -log(q) = whole + part, whole >= 0 and 0 <= part <= log(2).
+// q^gamma, where -log(q) = whole + part, whole without an error and |part| <= 1.
 template <GammaKind kKind, class T>
 FASTREMEDY_HD T power(T q, T whole, T part, const Gamma<T>& gamma) {
   switch (kKind) {
@@ -62,7 +62,7 @@ FASTREMEDY_HD T power(T q, T whole, T part, const Gamma<T>& gamma) {
   const T a = gamma.value * whole, b = gamma.value * part;
   const T sum = a + b;
   const T rest = sum - a;
-  T low = ::fma(gamma.value, whole, -a) + gamma.low * whole;
+  T low = ::fma(gamma.value, whole, -a) + ::fma(gamma.value, part, -b) + gamma.low * whole;
   low += (a - (sum - rest)) + (b - rest);
   // Large products have a large `low`, and an exponential of 0.
   return exp_of_negative(sum, sum > T(100) ? T(0) : -low);
@@ -74,22 +74,28 @@ struct LossAndSlope {
   T loss, slope;
 };
 
-// exp(-|x|) and what it gives: sigmoid(|x|) = r, sigmoid(-|x|) = e r, softplus(-|x|) = l.
+// What all of a logit x comes from: e = exp(-|x|). An argument of the formulas: computed in a loop
+// of its own, it halves the chain of operations that has to fit into a processor at once.
+template <class T>
+FASTREMEDY_HD T exp_of_logit(T x) {
+  return exp_of_negative(std::fabs(x));
+}
+
+// sigmoid(|x|) = r, sigmoid(-|x|) = e r, softplus(-|x|) = l.
 template <class T>
 struct LogitTerms {
   T e, r, l;
 };
 
 template <class T>
-FASTREMEDY_HD LogitTerms<T> logit_terms(T x) {
-  const T e = exp_of_negative(std::fabs(x));
+FASTREMEDY_HD LogitTerms<T> logit_terms(T e) {
   return {e, reciprocal(T(1) + e), log1p_of(e)};
 }
 
 // Of a logit u that should be low: the input where the target is 0, minus the input where it is 1.
 template <GammaKind kKind, class T>
-FASTREMEDY_HD LossAndSlope<T> focal_of_logit(T u, T weight, const Gamma<T>& gamma) {
-  const LogitTerms<T> terms = logit_terms(u);
+FASTREMEDY_HD LossAndSlope<T> focal_of_logit(T u, T e, T weight, const Gamma<T>& gamma) {
+  const LogitTerms<T> terms = logit_terms(e);
   const T small = terms.e * terms.r;
   const bool is_wrong = u > T(0);
   const T q = is_wrong ? terms.r : small;
@@ -132,48 +138,54 @@ FASTREMEDY_HD FocalWeights<T> focal_weights(double alpha, double weight, double 
 
 // Target 0 or 1: without the divisions and the logarithm that targets between need.
 template <GammaKind kKind, class T>
-FASTREMEDY_HD LossAndSlope<T> focal_of_hard_target(T x, T target, const FocalWeights<T>& weights,
+FASTREMEDY_HD LossAndSlope<T> focal_of_hard_target(T x, T e, T target,
+                                                   const FocalWeights<T>& weights,
                                                    const Gamma<T>& gamma) {
   const bool is_positive = target > T(0.5);
   const T weight = is_positive ? weights.positive * weights.pos_weight : weights.negative;
-  const LossAndSlope<T> of_u = focal_of_logit<kKind>(is_positive ? -x : x, weight, gamma);
+  const LossAndSlope<T> of_u = focal_of_logit<kKind>(is_positive ? -x : x, e, weight, gamma);
   return {of_u.loss, is_positive ? -of_u.slope : of_u.slope};
 }
 
-// Any target in [0, 1]: p_t = t p + (1 - t) (1 - p).
+template <class T>
+FASTREMEDY_HD T smooth(T target, T smoothing, T share) {
+  return target * (T(1) - smoothing) + smoothing * share;  // share: of one class if all are alike
+}
+
+// Any target in [0, 1], once it is smoothed: p_t = t p + (1 - t) (1 - p).
 template <GammaKind kKind, class T>
-FASTREMEDY_HD LossAndSlope<T> focal_of_soft_target(T x, T target, const FocalWeights<T>& weights,
+FASTREMEDY_HD LossAndSlope<T> focal_of_soft_target(T x, T e, T stored_target, T smoothing,
+                                                   const FocalWeights<T>& weights,
                                                    const Gamma<T>& gamma) {
-  const LogitTerms<T> terms = logit_terms(x);
+  // Each by itself: the difference of a smoothed target from 1 has lost digits.
+  const T target = smooth(stored_target, smoothing, T(0.5));
+  const T not_target = smooth(T(1) - stored_target, smoothing, T(0.5));
+  const LogitTerms<T> terms = logit_terms(e);
   const T small = terms.e * terms.r;
   const bool is_high = x > T(0);
   const T p = is_high ? terms.r : small;
   const T not_p = is_high ? small : terms.r;
-  const T not_target = T(1) - target;
   // 1 - p_t = r w, with w from the share of the target on the side of the logit and the rest.
   const T with_logit = is_high ? target : not_target;
   const T against = is_high ? not_target : target;
   const bool is_right = against == T(0);
   const T w = is_right ? terms.e : against + with_logit * terms.e;
   const T q = terms.r * w;
-  const T whole = is_right ? (is_high ? x : -x) : -log_of(w);
+  const LogParts<T> log_w = log_parts(w);
+  const T whole = is_right ? std::fabs(x) : -log_w.high;
+  const T part = is_right ? terms.l : terms.l - log_w.low;
   const T ce = weights.pos_weight * target * (terms.l + (is_high ? T(0) : -x)) +
                not_target * (terms.l + (is_high ? x : T(0)));
   const T ce_slope = not_target * p - weights.pos_weight * target * not_p;
   const T log_q_slope = (not_target - target) * terms.r * (is_right ? T(1) : terms.e / w);
   const T alpha_t = weights.positive * target + weights.negative * not_target;
-  const T factor = alpha_t * power<kKind>(q, whole, terms.l, gamma);
+  const T factor = alpha_t * power<kKind>(q, whole, part, gamma);
   return {factor * ce, factor * (gamma.value * log_q_slope * ce + ce_slope)};
 }
 
 template <class T>
 FASTREMEDY_HD bool is_hard(T target) {
   return target == T(0) || target == T(1);
-}
-
-template <class T>
-FASTREMEDY_HD T smooth(T target, T smoothing, T share) {
-  return target * (T(1) - smoothing) + smoothing * share;  // share: of one class if all are alike
 }
 
 // Softmax of a row as its largest logit and the exponentials of the others: probabilities are
@@ -220,7 +232,8 @@ FASTREMEDY_HD LossAndSlope<T> focal_of_class(const ClassTerms<T>& t, T factor, T
 // (1 - p)^gamma of one class of many: accurate for p <= 1/2, where log(q) is small.
 template <GammaKind kKind, class T>
 FASTREMEDY_HD T power_of_class(const ClassTerms<T>& t, const Gamma<T>& gamma) {
-  return power<kKind>(t.q, T(0), kKind == GammaKind::kAny ? -log_of(t.q) : T(0), gamma);
+  const LogParts<T> log_q = log_parts(t.q);
+  return power<kKind>(t.q, -log_q.high, -log_q.low, gamma);
 }
 
 // The same once a row, for every p: by the library's pow.

@@ -24,23 +24,31 @@ struct UniformWeights {
   FocalWeights<T> operator[](int64_t) const { return weights; }
 };
 
+template <class T>
+FASTREMEDY_CLONES void exp_of_logits(const T* __restrict x, int64_t n, T* __restrict e) {
+  for (int64_t i = 0; i < n; ++i) e[i] = exp_of_logit(x[i]);
+}
+
 template <GammaKind kKind, class T, class Weights>
-FASTREMEDY_CLONES void focal_of_hard_targets(const T* __restrict x, const T* __restrict targets,
-                                             int64_t n, Weights weights, Gamma<T> gamma, T scale,
+FASTREMEDY_CLONES void focal_of_hard_targets(const T* __restrict x, const T* __restrict e,
+                                             const T* __restrict targets, int64_t n,
+                                             Weights weights, Gamma<T> gamma, T scale,
                                              T* __restrict losses, T* __restrict grads) {
   for (int64_t i = 0; i < n; ++i) {
-    const auto of_x = focal_of_hard_target<kKind>(x[i], targets[i], weights[i], gamma);
+    const auto of_x = focal_of_hard_target<kKind>(x[i], e[i], targets[i], weights[i], gamma);
     losses[i] = of_x.loss;
     grads[i] = of_x.slope * scale;
   }
 }
 
 template <GammaKind kKind, class T, class Weights>
-FASTREMEDY_CLONES void focal_of_soft_targets(const T* __restrict x, const T* __restrict targets,
-                                             int64_t n, Weights weights, Gamma<T> gamma, T scale,
+FASTREMEDY_CLONES void focal_of_soft_targets(const T* __restrict x, const T* __restrict e,
+                                             const T* __restrict targets, int64_t n, T smoothing,
+                                             Weights weights, Gamma<T> gamma, T scale,
                                              T* __restrict losses, T* __restrict grads) {
   for (int64_t i = 0; i < n; ++i) {
-    const auto of_x = focal_of_soft_target<kKind>(x[i], targets[i], weights[i], gamma);
+    const auto of_x =
+        focal_of_soft_target<kKind>(x[i], e[i], targets[i], smoothing, weights[i], gamma);
     losses[i] = of_x.loss;
     grads[i] = of_x.slope * scale;
   }
@@ -60,12 +68,6 @@ FASTREMEDY_CLONES int64_t count_equal(const T* __restrict values, int64_t n, T w
   int32_t count = 0;
   for (int64_t i = 0; i < n; ++i) count += values[i] == wanted;
   return count;
-}
-
-template <class T>
-FASTREMEDY_CLONES void smooth_all(const T* __restrict targets, int64_t n, T smoothing, T share,
-                                  T* __restrict smoothed) {
-  for (int64_t i = 0; i < n; ++i) smoothed[i] = smooth(targets[i], smoothing, share);
 }
 
 template <class T>

@@ -15,6 +15,13 @@ inline constexpr int64_t kRangeSize = 65536;
 double load_scalar(const void* address, DType dtype);
 void store_scalar(void* address, DType dtype, double value);
 
+// Asks for what is read next, up to a page: the hardware does not look beyond the one it is in.
+template <class T>
+void fetch(const T* values, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T), kPage = 4096 / sizeof(T);
+  for (int64_t i = 0; i < (n < kPage ? n : kPage); i += kLine) __builtin_prefetch(values + i);
+}
+
 inline double value_of(const ChannelValues& values, int64_t c, double otherwise) {
   if (values.data == nullptr) return otherwise;
   return load_scalar(element_at(values.data, values.dtype, c), values.dtype);

@@ -47,8 +47,15 @@ class SigmoidPass {
         grad_input_(args.grad_input, shape_.dtype, streams()) {}
 
   void run(int64_t begin, int64_t end, FocalSums* sums) {
+    const auto size_at = [&](int64_t i) { return std::min(kBlockSize, end - i); };
+    if (args_.labels) mark_labels(begin, size_at(begin));
     for (; begin < end; begin += kBlockSize) {
-      run_block(begin, std::min(kBlockSize, end - begin), sums);
+      run_block(begin, size_at(begin), sums);
+      // Ahead of the streams: marks that were stored behind them would be waited for as long.
+      const int64_t next = begin + kBlockSize;
+      if (args_.labels && next < end) mark_labels(next, size_at(next));
+      if (!loss_.is_null()) loss_.store(size_at(begin));
+      if (!grad_input_.is_null()) grad_input_.store(size_at(begin));
     }
     finish_streams();
   }
@@ -61,21 +68,18 @@ class SigmoidPass {
     T* const losses = loss_.is_null() ? losses_ : loss_.place(begin);
     T* const grads = grad_input_.is_null() ? grads_ : grad_input_.place(begin);
     const T* const targets = args_.labels ? targets_ : probabilities_.load(begin, n);
-    if (args_.labels) mark_labels(begin, n);
     if (args_.stats) count_positives(x, targets, begin, n);
+    if (args_.probabilities) fetch(targets + n, n);
+    exp_of_logits(x, n, exponentials_);
+    fetch(x + n, n);
     const bool are_targets_hard = args_.labels || are_hard(targets, n);
     compute(x, targets, are_targets_hard, begin, n, losses, grads);
     if (has_ignored_labels_) clear_ignored_labels(begin, n, losses, grads);
     if (args_.probabilities && !(are_targets_hard && is_ignored_soft_)) {
       sums->num_ignored += clear_ignored(targets, n, losses, grads);
     }
-    if (!loss_.is_null()) {
-      loss_.store(n);
-    } else if (args_.loss) {
-      sums->loss += sum_block(losses, n);
-    }
+    if (args_.loss && loss_.is_null()) sums->loss += sum_block(losses, n);
     if (!grad_output_.is_null()) multiply(grads, grad_output_.load(begin, n), n);
-    if (!grad_input_.is_null()) grad_input_.store(n);
   }
 
   bool is_class(int64_t label) const {
@@ -131,18 +135,17 @@ class SigmoidPass {
 
   void compute(const T* x, const T* targets, bool are_targets_hard, int64_t begin, int64_t n,
                T* losses, T* grads) {
-    if (args_.label_smoothing != 0) {
-      smooth_all(targets, n, static_cast<T>(args_.label_smoothing), T(0.5), smoothed_);
-      targets = smoothed_;
-    }
+    const T smoothing = static_cast<T>(args_.label_smoothing);
     const bool is_soft = args_.label_smoothing != 0 || !are_targets_hard;
     const auto compute_with = [&](auto weights) {
       with_gamma_kind(args_.gamma, [&](auto kind) {
         constexpr GammaKind kKind = decltype(kind)::value;
         if (is_soft) {
-          focal_of_soft_targets<kKind>(x, targets, n, weights, gamma_, scale_, losses, grads);
+          focal_of_soft_targets<kKind>(x, exponentials_, targets, n, smoothing, weights, gamma_,
+                                       scale_, losses, grads);
         } else {
-          focal_of_hard_targets<kKind>(x, targets, n, weights, gamma_, scale_, losses, grads);
+          focal_of_hard_targets<kKind>(x, exponentials_, targets, n, weights, gamma_, scale_,
+                                       losses, grads);
         }
       });
     };
@@ -209,7 +212,7 @@ class SigmoidPass {
   const T scale_;
   TensorBlock<T> input_, probabilities_, loss_, grad_output_, grad_input_;
   alignas(64) T targets_[kBlockSize];
-  alignas(64) T smoothed_[kBlockSize];
+  alignas(64) T exponentials_[kBlockSize];
   alignas(64) T losses_[kBlockSize];
   alignas(64) T grads_[kBlockSize];
   alignas(64) T positive_[kBlockSize];

@@ -30,7 +30,7 @@ FASTREMEDY_CLONES T largest(const T* __restrict x, int64_t n) {
 
 template <class T>
 FASTREMEDY_CLONES void exponentials(const T* __restrict x, int64_t n, T max, T* __restrict e) {
-  for (int64_t i = 0; i < n; ++i) e[i] = exp_of_negative(max - x[i]);
+  for (int64_t i = 0; i < n; ++i) e[i] = exp_of_difference(x[i], max);
 }
 
 template <class T>
@@ -66,12 +66,12 @@ FASTREMEDY_CLONES void soft_grads(const T* __restrict e, const T* __restrict slo
 
 // In double beyond a block: rows may have 100 000 classes.
 template <class T>
-T sum_row(const T* values, int64_t n) {
+double sum_row(const T* values, int64_t n) {
   double sum = 0;
   for (int64_t begin = 0; begin < n; begin += kBlockSize) {
     sum += sum_block(values + begin, std::min(kBlockSize, n - begin));
   }
-  return static_cast<T>(sum);
+  return sum;
 }
 
 // A few rows of a tensor [outer, classes, inner] of any dtype as T[rows, classes].
@@ -179,20 +179,23 @@ class SoftmaxPass {
   double run_hard(const T* x, int64_t label, T scale, T* grads) {
     T* const e = exponentials_.data();
     const T max = largest(x, classes_);
+    fetch(x + classes_, classes_);
     exponentials(x, classes_, max, e);
     const T of_label = e[label];
     e[label] = 0;
-    const T others = sum_row(e, classes_), total = others + of_label;
+    // In double, which is cheap once a row: gamma multiplies the error of q.
+    const double others = sum_row(e, classes_), total = others + of_label;
     ClassTerms<T> terms;
-    terms.p = of_label / total;
-    terms.q = others / total;
-    terms.ce =
-        of_label >= others ? std::log1p(others / of_label) : std::log(total) + (max - x[label]);
-    const T factor = factors_[label] * power_of_label(terms.q, gamma_);
-    const auto of_class = focal_of_class(terms, factor, gamma_.value);
+    terms.p = static_cast<T>(of_label / total);
+    const double q = others / total;
+    terms.q = static_cast<T>(q);
+    terms.ce = static_cast<T>(of_label >= others ? std::log1p(others / of_label)
+                                                 : std::log(total) + (max - x[label]));
+    const auto power = static_cast<T>(power_of_label(q, Gamma<double>(args_.gamma)));
+    const auto of_class = focal_of_class(terms, factors_[label] * power, gamma_.value);
     if (args_.stats) count(args_, label, terms.p);
     if (grads) {
-      scaled(e, classes_, of_class.slope / total * scale, grads);
+      scaled(e, classes_, static_cast<T>(of_class.slope / total) * scale, grads);
       grads[label] = -of_class.slope * terms.q * scale;
     }
     return of_class.loss;
@@ -202,10 +205,12 @@ class SoftmaxPass {
     T *const e = exponentials_.data(), *const slopes = slopes_.data();
     SoftmaxState<T> state;
     state.max = largest(x, classes_);
+    fetch(x + classes_, classes_);
+    if (targets) fetch(targets + classes_, classes_);
     exponentials(x, classes_, state.max, e);
     const int64_t top = std::find(x, x + classes_, state.max) - x;
     if (top < classes_) e[top] = 0;
-    state.rest = sum_row(e, classes_);
+    state.rest = static_cast<T>(sum_row(e, classes_));
     if (top < classes_) e[top] = 1;
     const T log1p_rest = std::log1p(state.rest), total = T(1) + state.rest;
 
@@ -229,7 +234,7 @@ class SoftmaxPass {
       slopes[top] = shares_[top] == T(0) ? T(0) : shares_[top] * of_class.slope;
     }
     if (grads) {
-      const T sum = sum_row(slopes, classes_);
+      const T sum = static_cast<T>(sum_row(slopes, classes_));
       soft_grads(e, slopes, classes_, T(1) / total, sum, scale, grads);
       if (top < classes_) {
         grads[top] = scale * (of_top.p * (sum - slopes[top]) - of_top.q * slopes[top]);

@@ -14,7 +14,8 @@ constexpr int64_t kLaneRows = 128;
 // One value of every row.
 template <class T>
 struct RowValues {
-  alignas(64) T max[kLaneRows], of_label[kLaneRows], others[kLaneRows], x_label[kLaneRows];
+  alignas(64) T max[kLaneRows], of_label[kLaneRows], x_label[kLaneRows];
+  alignas(64) double others[kLaneRows];  // gamma multiplies the error of 1 - p
   alignas(64) T p[kLaneRows], q[kLaneRows], ce[kLaneRows], total[kLaneRows];
   alignas(64) T factor[kLaneRows];  // alpha * weight of the label
   alignas(64) T scale[kLaneRows];   // of the gradient
@@ -31,29 +32,31 @@ template <class T>
 FASTREMEDY_CLONES void add_exponentials(const T* __restrict x, int64_t n, int32_t c,
                                         const int32_t* __restrict labels, const T* __restrict max,
                                         T* __restrict e, T* __restrict of_label,
-                                        T* __restrict others, T* __restrict x_label) {
+                                        double* __restrict others, T* __restrict x_label) {
   for (int64_t b = 0; b < n; ++b) {
     const bool is_label = labels[b] == c;
-    const T value = exp_of_negative(max[b] - x[b]);
+    const T value = exp_of_difference(x[b], max[b]);
     e[b] = value;
     of_label[b] = is_label ? value : of_label[b];
     x_label[b] = is_label ? x[b] : x_label[b];
-    others[b] += is_label ? T(0) : value;
+    others[b] += static_cast<double>(is_label ? T(0) : value);
   }
 }
 
 template <class T>
-FASTREMEDY_CLONES void finish_rows(const T* __restrict of_label, const T* __restrict others,
+FASTREMEDY_CLONES void finish_rows(const T* __restrict of_label, const double* __restrict others,
                                    const T* __restrict max, const T* __restrict x_label, int64_t n,
                                    T* __restrict p, T* __restrict q, T* __restrict ce,
                                    T* __restrict total) {
   for (int64_t b = 0; b < n; ++b) {
-    total[b] = of_label[b] + others[b];
+    const double sum = others[b] + static_cast<double>(of_label[b]);
+    const T rest = static_cast<T>(others[b]);
+    total[b] = static_cast<T>(sum);
     p[b] = of_label[b] / total[b];
-    q[b] = others[b] / total[b];
+    q[b] = static_cast<T>(others[b] / sum);
     // Above 1/2 from what is missing to 1, below from the logarithm, which is at least log(2).
-    const bool is_likely = of_label[b] >= others[b];
-    const T near_one = log1p_of(is_likely ? others[b] / of_label[b] : T(0));
+    const bool is_likely = of_label[b] >= rest;
+    const T near_one = log1p_of(is_likely ? rest / of_label[b] : T(0));
     const T far = log_of(total[b]) + (max[b] - x_label[b]);
     ce[b] = is_likely ? near_one : far;
   }
@@ -105,7 +108,7 @@ class LanesPass {
     load_rows(first, count);
     std::fill_n(rows.max, count, -static_cast<T>(HUGE_VAL));
     std::fill_n(rows.of_label, count, T(0));
-    std::fill_n(rows.others, count, T(0));
+    std::fill_n(rows.others, count, 0.0);
     std::fill_n(rows.x_label, count, T(0));
     for (int64_t c = 0; c < classes_; ++c) raise_to(x_.data() + c * kLaneRows, count, rows.max);
     for (int64_t c = 0; c < classes_; ++c) {

@@ -169,11 +169,11 @@ FASTREMEDY_DEVICE void for_each_vector(const FocalLossArgs& args, const SigmoidP
 
     T results[kWidth];
     const auto hard = [&](T logit, T target, const FocalWeights<T>& weights) {
-      return focal_of_hard_target<kKind>(logit, target, weights, plan.gamma);
+      return focal_of_hard_target<kKind>(logit, exp_of_logit(logit), target, weights, plan.gamma);
     };
     const auto soft = [&](T logit, T target, const FocalWeights<T>& weights) {
-      const T smoothed = smooth(target, plan.smoothing, T(0.5));
-      return focal_of_soft_target<kKind>(logit, smoothed, weights, plan.gamma);
+      return focal_of_soft_target<kKind>(logit, exp_of_logit(logit), target, plan.smoothing,
+                                         weights, plan.gamma);
     };
     const auto evaluate = [&](auto formula) {
 #pragma unroll
