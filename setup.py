@@ -40,8 +40,7 @@ def arch_flags(archs):
     targets = [(number, f"sm_{number}") for number in re.findall(r"\d+a?", archs.replace(".", ""))]
     targets += [(targets[-1][0], f"compute_{targets[-1][0]}")] if archs.endswith("+PTX") else []
     # For size: a library of 25 MB instead of 93. Every driver for CUDA 13 can decompress it.
-    codes = [f"-gencode=arch=compute_{number},code={code}" for number, code in targets]
-    return ["--compress-mode=size", *codes]
+    return ["--compress-mode=size", *(f"-gencode=arch=compute_{n},code={c}" for n, c in targets)]
 
 
 def native_library(cuda):
@@ -62,6 +61,7 @@ def native_library(cuda):
         link += [f"-L{cuda[1]}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         cpp_extension.CUDA_HOME = str(cuda[0])  # a CPU build of torch does not look for it
         cpp_extension._check_cuda_version = lambda *_: None  # the kernels know no torch
+        cpp_extension.torch.version.cuda = "any"  # without one ninja forgets what kernels include
     flags = {"extra_compile_args": {"cxx": cxx, "nvcc": nvcc}, "extra_link_args": link}
     headers = ["csrc/exports.map", *glob("csrc/*/*.h"), *glob("csrc/*/*.cuh")]
     library = Extension("fastremedy._C", sorted(sources), depends=headers, language="c++", **flags)

@@ -121,6 +121,14 @@ def test_missing_compiler_tells_what_is_lost() -> None:
     assert fastremedy.__version__ in result.stdout
 
 
+def test_a_changed_header_compiles_the_kernels_again() -> None:
+    builds = [file.read_text() for file in ROOT.glob("build/temp*/build.ninja")]
+    rules = [text.partition("rule cuda_compile")[2] for text in builds]
+    if not any(rules):
+        pytest.skip("nothing was built with nvcc here")
+    assert all("depfile = $out.d" in rule for rule in rules if rule)
+
+
 def test_version_stands_once() -> None:
     assert metadata.version("fastremedy") == fastremedy.__version__
 
