@@ -87,7 +87,7 @@ struct BatchNormForwardArgs {
   const void* input;
   const void* residual;  // null: none
   void* output;
-  uint8_t* mask;  // null, or [num_rows, mask_row_size]: bit i % 8 of byte i / 8 is is_positive(z),
+  uint8_t* mask;  // null, or [num_rows, mask_row_size]: bit i % 8 of byte i / 8 is keeps_grad(z),
                   // the rest 0
   int64_t* dead;  // null, or [channels]: 0 on entry, number of elements that are not positive
   void* saved;    // T[4, channels]: the members of ChannelStatistics, written

@@ -6,24 +6,43 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTREMEDY_STREAMS
+#include <immintrin.h>
 #endif
 
 namespace fastremedy::cpu {
 
-inline void stream_bytes(char* to, const char* from, int64_t n) {
-#ifdef __SSE2__
-  constexpr int64_t kLineBytes = 64;
-  const int64_t head = -reinterpret_cast<intptr_t>(to) & (kLineBytes - 1);
-  int64_t i = head < n ? head : n;
-  std::memcpy(to, from, i);
-  for (; i + kLineBytes <= n; i += kLineBytes) {
-    __m128i line[4];
-    std::memcpy(line, from + i, kLineBytes);
-    for (int k = 0; k < 4; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i) + k, line[k]);
+#ifdef FASTREMEDY_STREAMS
+inline constexpr int64_t kLineBytes = 64;
+
+// The first byte of `to` begins a line.
+inline void stream_lines(char* to, const char* from, int64_t num_lines) {
+  for (int64_t i = 0; i < 4 * num_lines; ++i) {
+    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, part);
   }
-  std::memcpy(to + i, from + i, n - i);
+}
+
+__attribute__((target("avx512f"))) inline void stream_lines_at_once(char* to, const char* from,
+                                                                    int64_t num_lines) {
+  for (int64_t i = 0; i < num_lines; ++i) {
+    const __m512i line = _mm512_loadu_si512(from + kLineBytes * i);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + kLineBytes * i), line);
+  }
+}
+#endif
+
+inline void stream_bytes(char* to, const char* from, int64_t n) {
+#ifdef FASTREMEDY_STREAMS
+  const int64_t head = -reinterpret_cast<intptr_t>(to) & (kLineBytes - 1);
+  const int64_t begin = head < n ? head : n;
+  const int64_t num_lines = (n - begin) / kLineBytes, end = begin + num_lines * kLineBytes;
+  static const auto stream =
+      __builtin_cpu_supports("avx512f") ? &stream_lines_at_once : &stream_lines;
+  std::memcpy(to, from, begin);
+  stream(to + begin, from + begin, num_lines);
+  std::memcpy(to + end, from + end, n - end);
 #else
   std::memcpy(to, from, n);
 #endif
@@ -31,7 +50,7 @@ inline void stream_bytes(char* to, const char* from, int64_t n) {
 
 // To be called by the thread that streamed, before others read.
 inline void finish_streams() {
-#ifdef __SSE2__
+#ifdef FASTREMEDY_STREAMS
   _mm_sfence();
 #endif
 }
