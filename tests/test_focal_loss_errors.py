@@ -39,6 +39,10 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be in [0, 1], got 1.1"),
     ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1], got -0.1"),
     ({"label_smoothing": math.nan}, ValueError, "label_smoothing must be in [0, 1], got nan"),
+    ({"label_smoothing": "x"}, TypeError, "label_smoothing must be a number, got str"),
+    ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+    ({"ignore_index": 2**63}, ValueError, "ignore_index must be an int64, got 9223372036854775808"),
 ]
 TENSOR_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": torch.ones(4)}, ValueError, "weight must have one value for each class, shape [5]"),
@@ -213,3 +217,19 @@ def test_sparse_input(backend: str, device: torch.device, form: str) -> None:
     input, target = make_call(form, (6, 5), device)
     with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
         function_of(form)(input.to_sparse(), target)
+
+
+def test_probabilities_have_no_ignored_label_as_in_torch(
+    backend: str, device: torch.device
+) -> None:
+    input = torch.randn(3, 5, device=device)
+    for refuse in (torch.nn.CrossEntropyLoss(ignore_index=1), FocalLoss(ignore_index=1)):
+        message = "ignore_index is not supported for floating point target"
+        expect(RuntimeError, message, lambda refuse=refuse: refuse(input, input.softmax(1)))
+
+
+@pytest.mark.parametrize(("label", "error"), [("3", TypeError), (-(2**63) - 1, ValueError)])
+def test_background_class_is_an_integer(label: Any, error: type[Exception]) -> None:
+    loss = SigmoidFocalLoss(background_class=label)
+    call = lambda: loss(torch.randn(3, 5), torch.zeros(3, dtype=torch.int64))  # noqa: E731
+    expect(error, "background_class must be an int", call)

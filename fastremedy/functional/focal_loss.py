@@ -100,7 +100,7 @@ def sigmoid_focal_loss(
 
     Raises:
         ValueError: shapes do not match; a number is out of range.
-        TypeError: ``gamma`` is no number.
+        TypeError: an argument is of another type than said.
         IndexError: a label is no class, on the CPU; on a GPU an assertion of the device fails.
 
     Example:
@@ -160,7 +160,8 @@ def focal_loss(
             with labels divided by the sum of their ``weight``.
         weight: factor of each class ``[C]``.
         label_smoothing: targets move by this share towards 1/C.
-        ignore_index: rows with this label do not count: no loss, no gradient.
+        ignore_index: rows with this label do not count: no loss, no gradient. With probabilities
+            it must be negative, as in torch.
         return_stats: also return counts and mean probabilities of the classes, from the same pass.
 
     Returns:
@@ -169,7 +170,7 @@ def focal_loss(
 
     Raises:
         ValueError: shapes do not match; a number is out of range.
-        TypeError: ``gamma`` is no number.
+        TypeError: an argument is of another type than said.
         IndexError: a label is no class, on the CPU; on a GPU an assertion of the device fails.
 
     Example:
@@ -211,8 +212,10 @@ def focal_loss_with_stats(
 ) -> tuple[Tensor, RawStats | None]:
     """Return the loss and, if wanted, its statistics."""
     names = ("input", "target") if softmax else ("inputs", "targets")
-    check_numbers(gamma, reduction, label_smoothing)
+    check_numbers(gamma, reduction, label_smoothing, ignore_index, background_class)
     input, target, is_single = _with_batch(input, target, softmax, names)
+    if softmax and ignore_index >= 0 and not is_labels(target):
+        raise RuntimeError("ignore_index is not supported for floating point target")  # as torch
     shape = input.shape
     if not softmax and input.dim() < 2:  # samples of one class
         input, target = input.reshape(-1, 1), target.reshape(-1, 1)
@@ -287,7 +290,13 @@ def _loss_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def check_numbers(gamma: float, reduction: str, label_smoothing: float) -> None:
+def check_numbers(
+    gamma: float,
+    reduction: str,
+    label_smoothing: float,
+    ignore_index: int,
+    background_class: int | None = None,
+) -> None:
     """Fail if an option is none, and say which."""
     if isinstance(gamma, Tensor) or not isinstance(gamma, float | int):
         raise TypeError(
@@ -298,8 +307,18 @@ def check_numbers(gamma: float, reduction: str, label_smoothing: float) -> None:
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not isinstance(label_smoothing, float | int):
+        raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    labels = {"ignore_index": ignore_index}
+    if background_class is not None:
+        labels["background_class"] = background_class
+    for name, label in labels.items():
+        if not isinstance(label, int) and not hasattr(label, "__index__"):
+            raise TypeError(f"{name} must be an int, got {type(label).__name__}")
+        if not -(2**63) <= label < 2**63:
+            raise ValueError(f"{name} must be an int64, got {label}")
 
 
 def check_alpha(alpha: float) -> None:

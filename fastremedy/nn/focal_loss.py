@@ -39,7 +39,7 @@ class _FocalLoss(_WeightedLoss):
         ignore_index: int,
         pos_weight: Tensor | None = None,
     ) -> None:
-        check_numbers(gamma, reduction, label_smoothing)
+        check_numbers(gamma, reduction, label_smoothing, ignore_index)
         super().__init__(weight, reduction=reduction)
         self.register_buffer("pos_weight", pos_weight)
         self.gamma = gamma
