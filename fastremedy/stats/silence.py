@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 
-import torch
 from torch import nn
 
 from .courier import Parcel
@@ -45,7 +45,7 @@ class Listener:
                 for name in trained
                 if name not in seen and before.get(name) not in (None, trained[name])
             ]
-            if silent and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0:
+            if silent and _has_compiled():
                 warnings.warn(
                     f"{', '.join(silent)} got gradients, but the monitor saw no outputs of theirs: "
                     "code that was compiled before the monitor was attached tells it nothing. Call "
@@ -54,6 +54,11 @@ class Listener:
                     stacklevel=3,
                 )
             return
+
+
+def _has_compiled() -> bool:
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes a second
+    return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0
 
 
 def _layers_in(parcel: Parcel, rows: Rows) -> tuple[set[str], dict[str, float]]:
