@@ -165,6 +165,9 @@ class Problem : BatchNormCall<T> {
       const T y = with_activation<T>(c_.activation, [&](auto activation) {
         return activate<decltype(activation)::value>(z, threshold, T(kSlope));
       });
+      const bool keeps = with_activation<T>(c_.activation, [&](auto activation) {
+        return keeps_grad<decltype(activation)::value>(z, threshold);
+      });
       dead[c] += !is_positive(z, threshold);
       const Wide scaled =
           (at(input_, i) - means_[c]) / std::sqrt(variances_[c] + kEps) * get(weight_, c, 1);
@@ -174,7 +177,7 @@ class Problem : BatchNormCall<T> {
       const char* wrong = nullptr;
       if (!is_near(y, exact, error)) wrong = "formula";
       if (!same(at(output_, i), stored(y))) wrong = "output";
-      if (mask_ && mask_bit(i) != is_positive(z, threshold)) wrong = "mask";
+      if (mask_ && mask_bit(i) != keeps) wrong = "mask";
       if (wrong) return expect(false, name(wrong, i));
     }
     for (int64_t c = 0; dead_ && c < shape().channels; ++c) {
