@@ -98,6 +98,20 @@ def test_step_moved(backend: str, device: torch.device) -> None:
     assert_like_torch(make_params([(3,), (2,)], device=device), drive)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_step_shared_with_other_processes(backend: str, device: torch.device, which: int) -> None:
+    """Sharing a step moves the vector that all steps lie in."""
+
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        params = params_of(optimizer)
+        for _ in range(3):
+            give_grads(params)
+            optimizer.step()
+            optimizer.state[params[which]]["step"].share_memory_()
+
+    assert_like_torch(make_params([(3,), (2,), (4,)], device=device), drive)
+
+
 def test_entries_of_the_state_that_belong_to_no_parameter(
     backend: str, device: torch.device
 ) -> None:
