@@ -1,6 +1,6 @@
 // Stores that go past the cache. What is written leaves alone what will be read again, and no line
-// is fetched only to be overwritten: (32, 64, 56, 56) contiguous takes 1.2 ms forward and 2.3 ms
-// backward with them, 1.7 and 2.8 without.
+// is fetched only to be overwritten. In parts of 16 bytes, sigmoid focal loss of 100000 x 80 labels
+// takes 2.1 ms instead of 1.8.
 #pragma once
 
 #include <cstdint>
