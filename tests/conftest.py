@@ -19,7 +19,8 @@ import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any
 
 import pytest
 
@@ -35,12 +36,44 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
+try:
+    from triton.runtime import interpreter
+except ImportError:
+    interpreter = None
+
 import fastremedy  # noqa: E402
 from fastremedy import _native  # noqa: E402
 from fastremedy.ops import memory  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
+
+
+def patch_language_once() -> None:
+    """Keep Triton's interpreter from patching its language again in every call of a helper.
+
+    A launch has done that and undoes it at its end; doing it again is a quarter of the time of
+    the tests of Triton kernels.
+    """
+    patch = interpreter._patch_lang
+    scope: Any = None
+    modules: set[int] = set()  # whose functions find a patched language
+
+    def once(fn: FunctionType) -> object:
+        nonlocal scope
+        if scope is None or not scope._changes:  # none is left after a launch
+            scope = patch(fn)
+            modules.clear()
+        elif id(fn.__globals__) not in modules:
+            patch(fn)
+        modules.add(id(fn.__globals__))
+        return scope
+
+    interpreter._patch_lang = once
+
+
+if interpreter is not None and hasattr(interpreter, "_LangPatchScope"):
+    patch_language_once()
 
 
 def cuda_include() -> Path | None:
