@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "kernel_resources.py"
-KERNELS = SCRIPT.parents[1] / "triton_kernels"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tools" / "kernel_resources.py"
+KERNELS = ROOT / "triton_kernels"
 ARCH = "sm_90"
 
 MODULES = ("clip_grad_norm", "adamw", "batch_norm_relu", "focal_loss", "activation_stats")
@@ -29,16 +31,31 @@ WIDE_ACCESSES = {
     },
 }
 
-PTXAS = """\
-ptxas info    : Compiling entry function '_Z6kernelPf' for 'sm_90'
-ptxas info    : Function properties for _Z6kernelPf
-    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
-ptxas info    : Used 31 registers, used 1 barriers, 276 bytes smem
-ptxas info    : Compiling entry function '_Z5otherPf' for 'sm_90'
-ptxas info    : Function properties for _Z5otherPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 8 registers, used 0 barriers
+USAGE = """
+Fatbin elf code:
+================
+arch = sm_90
+code version = [1,8]
+compressed
+identifier = /path/to/csrc/cuda/{file}.cu
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z6kernelPf:
+  REG:31 STACK:{stack} SHARED:276 LOCAL:{local} CONSTANT[0]:4536 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z5otherPf:
+  REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:4536 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin ptx code:
+================
+arch = sm_90
+code version = [9,0]
+compressed
+identifier = /path/to/csrc/cuda/{file}.cu
 """
+# Two numbers of the shape, for four elements: nvcc keeps too many others in uniform registers.
+KNOWN_SPILLS = {("sm_100", "sigmoid_forward_kernel<(GammaKind)3, true, float>", 8)}
 
 
 @pytest.fixture(scope="module")
@@ -110,29 +127,32 @@ print(row.problem)
     assert "bytes of local memory per thread, expected 0" in result.stdout, result.stderr
 
 
-def test_nvcc_can_be_required(tmp_path: Path) -> None:
-    result = run(str(SCRIPT), "--require-nvcc", PATH=str(tmp_path))
-    assert result.returncode == 1
-    assert "no nvcc on PATH" in result.stderr
+def test_no_cuda_kernel_spills(script: ModuleType) -> None:
+    pytest.importorskip("triton")
+    rows = script.library_resources()
+    if not rows and shutil.which("nvcc") is None:
+        pytest.skip("the native library was built without CUDA, and there is no nvcc")
+    files = (ROOT / "csrc" / "cuda").glob("*.cu")
+    assert {row.source for row in rows} == {f"csrc/cuda/{file.name}" for file in files}
+    spills = {(row.arch, row.kernel, row.local_bytes) for row in rows if row.problem}
+    assert spills <= KNOWN_SPILLS
 
 
-@pytest.mark.parametrize(
-    ("stack", "stores", "loads", "local_bytes"),
-    [(0, 0, 0, 0), (16, 24, 24, 24), (8, 0, 0, 8), (0, 4, 8, 8)],
-)
-def test_report_of_ptxas(
-    script: ModuleType, stack: int, stores: int, loads: int, local_bytes: int
-) -> None:
-    text = PTXAS.format(stack=stack, stores=stores, loads=loads)
-    first, second = script.parse_ptxas(text, "kernel.cu")
-    assert first == script.Resources("kernel.cu", "_Z6kernelPf", "sm_90", 31, local_bytes, 276)
-    assert (first.problem is None) == (local_bytes == 0)
-    assert second == script.Resources("kernel.cu", "_Z5otherPf", "sm_90", 8, 0, 0)
+@pytest.mark.parametrize(("stack", "local"), [(0, 0), (16, 0), (0, 4), (8, 4)])
+def test_report_of_a_library(script: ModuleType, stack: int, local: int) -> None:
+    text = "".join(USAGE.format(file=file, stack=stack, local=local) for file in ("a", "b"))
+    rows = list(script.cuda_resources(text))
+    assert [row.source for row in rows] == ["csrc/cuda/a.cu"] * 2 + ["csrc/cuda/b.cu"] * 2
+    first, second = rows[2:]
+    name = script.demangle("_Z6kernelPf")
+    assert first == script.Resources("csrc/cuda/b.cu", name, "sm_90", 31, stack + local, 276)
+    assert (first.problem is None) == (stack + local == 0)
+    assert second.problem is None
 
 
 def test_report_of_cuobjdump(script: ModuleType) -> None:
     text = "Function kernel:\n  REG:48 STACK:8 SHARED:16 LOCAL:4 CONSTANT[0]:616 TEXTURE:0"
-    assert script.parse_resource_usage(text) == (48, 12)
+    assert script.parse_resource_usage(text) == (48, 12, 16)
     with pytest.raises(ValueError, match="expected the output of cuobjdump"):
         script.parse_resource_usage("nothing")
 

@@ -1,16 +1,16 @@
 """Print what every kernel takes on every architecture: registers, local and shared memory.
 
-Triton kernels are compiled for the forms that their modules list, CUDA files by nvcc; no GPU is
-needed. AMD's architectures (gfx) concern Triton alone. The exit status is 1 if a kernel spills
-registers to local memory or if the loop of a Triton kernel over full, aligned blocks does not use
-16-byte accesses.
+Triton kernels are compiled for the forms that their modules list; CUDA kernels are those of the
+built library, for the architectures that it was built for. No GPU is needed. AMD's architectures
+(gfx) concern Triton alone. The exit status is 1 if a kernel spills registers to local memory or if
+the loop of a Triton kernel over full, aligned blocks does not use 16-byte accesses.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -20,22 +20,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 TRITON_MODULES = ("clip_grad_norm", "adamw", "batch_norm_relu", "focal_loss", "activation_stats")
 
 WIDE_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64|b128)\b")
 AMDGPU_METADATA = re.compile(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)")
 RESOURCE_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-PTXAS_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
-PTXAS_STACK = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-)
-PTXAS_USED = re.compile(r"Used (\d+) registers")
-PTXAS_SHARED = re.compile(r"(\d+) bytes smem")
+CUDA_FILE = re.compile(r"^arch = (\w+)$.*?^identifier = \S*?([^\s/]+)$", re.DOTALL | re.MULTILINE)
+CUDA_KERNEL = re.compile(r"^ Function (\w+):\n(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,13 @@ def count_wide_accesses(ptx: str) -> int:
     return len(WIDE_ACCESS.findall(ptx))
 
 
-def parse_resource_usage(text: str) -> tuple[int, int]:
-    """Return registers and local bytes from the output of ``cuobjdump --dump-resource-usage``."""
+def parse_resource_usage(text: str) -> tuple[int, int, int]:
+    """Return registers, local and shared bytes from ``cuobjdump --dump-resource-usage``."""
     match = RESOURCE_USAGE.search(text)
     if match is None:
         raise ValueError(f"expected the output of cuobjdump --dump-resource-usage, got {text!r}")
-    registers, stack, _, local = map(int, match.groups())
-    return registers, stack + local
+    registers, stack, shared, local = map(int, match.groups())
+    return registers, stack + local, shared
 
 
 def parse_amdgcn(assembly: str) -> tuple[int, int]:
@@ -81,26 +76,6 @@ def parse_amdgcn(assembly: str) -> tuple[int, int]:
     if len(metadata) != 2:
         raise ValueError(f"expected the metadata of a kernel, got {metadata}")
     return metadata["vgpr_count"], metadata["private_segment_fixed_size"]
-
-
-def parse_ptxas(text: str, source: str) -> Iterator[Resources]:
-    """Yield what ``ptxas -v`` says of each kernel."""
-    entries = list(PTXAS_ENTRY.finditer(text))
-    ends = [entry.start() for entry in entries[1:]] + [len(text)]
-    for entry, end in zip(entries, ends, strict=True):
-        report = text[entry.end() : end]
-        stack, used = PTXAS_STACK.search(report), PTXAS_USED.search(report)
-        if stack is None or used is None:
-            raise ValueError(f"expected stack frame and registers of {entry[1]}, got {report!r}")
-        shared = PTXAS_SHARED.search(report)
-        yield Resources(
-            source,
-            entry[1],
-            entry[2],
-            registers=int(used[1]),
-            local_bytes=max(map(int, stack.groups())),  # the frame holds what is spilled
-            shared_bytes=int(shared[1]) if shared else 0,
-        )
 
 
 def triton_resources(
@@ -135,28 +110,41 @@ def triton_resources(
 
 def cubin_resources(cubin: bytes) -> tuple[int, int]:
     """Return registers and local bytes of a kernel."""
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [cuobjdump, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    return parse_resource_usage(usage.stdout)
+        return parse_resource_usage(resource_usage(file.name))[:2]
 
 
-def cuda_resources(nvcc: str, archs: Sequence[str]) -> Iterator[Resources]:
-    """Compile the CUDA files."""
-    for file in sorted(CUDA_SOURCES.glob("*.cu")):
-        for arch in (arch for arch in archs if arch.startswith("sm_")):
-            command = [nvcc, "-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-Xptxas=-v"]
-            command += ["-o", os.devnull, str(file)]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                raise SystemExit(f"nvcc does not compile {file} for {arch}:\n{result.stderr}")
-            for resources in parse_ptxas(result.stderr, f"csrc/cuda/{file.name}"):
-                yield replace(resources, kernel=demangle(resources.kernel))
+def resource_usage(binary: str) -> str:
+    """Return what cuobjdump, which comes with Triton, says of a cubin or a library.
+
+    That is nothing where there is no kernel.
+    """
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [cuobjdump, "--dump-resource-usage", binary]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def cuda_resources(usage: str) -> Iterator[Resources]:
+    """Yield what cuobjdump says of each kernel of the library."""
+    files = list(CUDA_FILE.finditer(usage))
+    ends = [file.start() for file in files[1:]] + [len(usage)]
+    for file, end in zip(files, ends, strict=True):
+        for symbol, resources in CUDA_KERNEL.findall(usage[file.end() : end]):
+            yield Resources(
+                f"csrc/cuda/{file[2]}", demangle(symbol), file[1], *parse_resource_usage(resources)
+            )
+
+
+def library_resources() -> list[Resources]:
+    """Return what the kernels of the built library take; nothing if it has none."""
+    library = importlib.util.find_spec("fastremedy._C")
+    if library is None or library.origin is None:
+        return []
+    return list(cuda_resources(resource_usage(library.origin)))
 
 
 @functools.cache
@@ -200,25 +188,17 @@ def parse_arguments() -> argparse.Namespace:
         "--first-form", action="store_true", help="of every Triton kernel the first form alone"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table here")
-    parser.add_argument(
-        "--require-nvcc", action="store_true", help="fail instead of leaving the CUDA files out"
-    )
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
     archs = arguments.arch or ARCHS
-    nvcc = None if arguments.triton else shutil.which("nvcc")
-    if nvcc is None and arguments.require_nvcc:
-        raise SystemExit("csrc/cuda cannot be compiled: there is no nvcc on PATH")
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     rows = list(triton_resources(arguments.triton or TRITON_MODULES, archs, arguments.first_form))
-    if nvcc is not None:
-        rows += cuda_resources(nvcc, archs)
+    if not arguments.triton:
+        rows += [row for row in library_resources() if row.arch in archs]
     print(table(rows, archs))
-    if nvcc is None and not arguments.triton:
-        print("csrc/cuda is left out: there is no nvcc on PATH")
     if arguments.json is not None:
         cells = [{**asdict(row), "problem": row.problem} for row in rows]
         arguments.json.write_text(json.dumps(cells, indent=1) + "\n")

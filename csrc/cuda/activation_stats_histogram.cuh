@@ -29,6 +29,7 @@ class RowBuckets {
   FASTREMEDY_DEVICE RowBuckets(StatsShared& shared, int64_t* histogram)
       : counts_(shared.buckets), histogram_(histogram) {
     uint32_t most = 0;
+#pragma unroll 1  // all at once they do not fit into the registers of sm_100
     for (const uint32_t vote : shared.votes) most = vote > most ? vote : most;
     frequent_ = most % kNumBuckets;
     for (int i = threadIdx.x; i < kNumBuckets; i += kStatsBlockSize) counts_[i] = 0;
