@@ -8,6 +8,8 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -236,3 +238,25 @@ def test_report_within_a_step_and_before_any() -> None:
         assert "layer" in monitor.summary()
         monitor.step()
     assert monitor.report().steps == [0]
+
+
+def reports_under(default: str, folder: Path) -> list[str]:
+    torch.manual_seed(0)
+    model, inputs = make_deep(), [make_input(step) for step in range(3)]
+    optimizer = fastremedy.optim.AdamW(model.parameters())
+    path = folder / default
+    with torch.device(default), Monitor(model, per_channel=True, full_every=2) as monitor:
+        for x in inputs:
+            model.zero_grad()
+            (model(x) + model(x.neg())).square().sum().backward()
+            fastremedy.clip_(model.parameters(), 1.0)
+            optimizer.step()
+            monitor.step()
+        monitor.to_jsonl(path)
+        monitor.to_tensorboard(MagicMock())
+        return [monitor.summary(), str(monitor.to_dict()), path.read_text()]
+
+
+def test_numbers_stay_on_the_host_whatever_the_default_device(tmp_path: Path) -> None:
+    """As with ``torch.set_default_device("cuda")``; "meta" fails where anything is read from it."""
+    assert reports_under("meta", tmp_path) == reports_under("cpu", tmp_path)

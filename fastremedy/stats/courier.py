@@ -36,7 +36,9 @@ class Courier:
             with torch.cuda.stream(stream):
                 for name, tensor in parcel.items():
                     if tensor.device == device:
-                        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                        pinned = torch.empty(
+                            tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
+                        )
                         parcel[name] = pinned.copy_(tensor, non_blocking=True)
                         tensor.record_stream(stream)
                 events.append(stream.record_event())

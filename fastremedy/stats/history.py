@@ -125,7 +125,7 @@ class History:
             if name == "updates":
                 # Shards are parts of a parameter; those of all ranks are the whole.
                 params = [p.tensor if group is not None else local(p.tensor) for p in rows.params]
-                numels = torch.tensor([param.numel() for param in params]).double()
+                numels = torch.tensor([param.numel() for param in params], device="cpu").double()
                 columns = columns_of(numbers["updates"], numels)
                 by_step = dict(zip(COLUMNS[name], columns, strict=True))
                 overall = {column: _median(values) for column, values in by_step.items()}
@@ -160,7 +160,7 @@ class History:
         numbers = {
             name: torch.stack([getattr(step, name) for step in steps])
             if steps
-            else torch.zeros(0, *shape, dtype=torch.float64)
+            else torch.zeros(0, *shape, dtype=torch.float64, device="cpu")
             for name, shape in shapes.items()
         }
         return {**numbers, "histogram": histogram}
@@ -171,15 +171,15 @@ class History:
         each_part = params * (self.rows.gradients + self.rows.weights)
         rows = [True] * len(self.rows.layers) + each_part
         return {
-            "rows": torch.tensor(rows or [True]),
-            "params": torch.tensor(params, dtype=torch.bool),
+            "rows": torch.tensor(rows or [True], device="cpu"),
+            "params": torch.tensor(params, dtype=torch.bool, device="cpu"),
         }
 
     def _step(self, kept: Parcel) -> _Step:
         rows, num_layers = self.rows, len(self.rows.layers)
-        moments = empty_moments(max(1, rows.count))
-        counts = torch.zeros(max(1, rows.count), len(COUNTS), dtype=torch.float64)
-        dead = torch.full((num_layers,), torch.nan, dtype=torch.float64)
+        moments = empty_moments(max(1, rows.count), "cpu")
+        counts = moments.new_zeros(max(1, rows.count), len(COUNTS))
+        dead = moments.new_full((num_layers,), torch.nan)
         diversity = dead.clone()
         saturated = dead.new_full((num_layers, 2), torch.nan)
         updates = dead.new_full((len(rows.params), len(UPDATE_STATS)), torch.nan)
@@ -207,7 +207,7 @@ class History:
     def _is_relu(self, layers: Tensor) -> Tensor:
         modules = [self.rows.layers[row].module for row in layers.tolist()]
         is_relu = [getattr(module, "activation", "") == "relu" for module in modules]
-        return torch.tensor(is_relu, dtype=torch.bool)
+        return torch.tensor(is_relu, dtype=torch.bool, device="cpu")
 
     def _add_fused_counts(self, counts: Tensor, layers: Tensor, sums: Tensor) -> None:
         zeros, nonfinite = sums[:, UNIT_SUMS.index("zeros") - 1], sums[:, -1]
@@ -224,7 +224,7 @@ class History:
 
     def _saturated(self, histogram: Tensor) -> Tensor:
         """Return the numbers of saturated and of all values, from rows that saturate."""
-        buckets = torch.arange(NUM_BUCKETS, dtype=torch.int32)
+        buckets = torch.arange(NUM_BUCKETS, dtype=torch.int32, device="cpu")
         lower = (buckets << 20).view(torch.float32)  # of the magnitude, with its sign
         is_saturated = {
             "sigmoid": (lower < 1 - _EDGE) | (lower >= _EDGE),
@@ -274,7 +274,7 @@ def _overall(moments: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """Return the columns of all steps together; moments are of the steps that know them."""
     number = moments[..., 0].sum(0)
     total = torch.where(counts.isnan().all(0), torch.nan, counts.nansum(0))
-    nothing = empty_moments(moments.shape[1]).expand_as(moments)
+    nothing = empty_moments(moments.shape[1], moments.device).expand_as(moments)
     is_known = ~moments[..., 1:2].isnan()
     columns = _columns(_merged(torch.where(is_known, moments, nothing)), total)
     shares = {"zeros": total[:, 0] / number, "negatives": total[:, 1] / number}
@@ -284,7 +284,7 @@ def _overall(moments: Tensor, counts: Tensor) -> dict[str, Tensor]:
 def _merged(moments: Tensor) -> Tensor:
     """Return the moments of all steps ``[S, R, 8]`` together ``[R, 8]``, pair by pair."""
     if len(moments) == 0:
-        return empty_moments(moments.shape[1])
+        return empty_moments(moments.shape[1], moments.device)
     while len(moments) > 1:
         half = len(moments) // 2
         pairs = moments[: 2 * half].reshape(half, 2, -1, len(MOMENTS))

@@ -69,10 +69,10 @@ def _numbers(key: str, column: Tensor) -> list[Number]:
 
 def _quantiles(histogram: Tensor) -> list[list[float]]:
     # The histogram may reach further back than the extremes in a report: it is not clamped to them.
-    moments = torch.zeros(len(histogram), len(MOMENTS), dtype=torch.float64)
+    moments = histogram.new_zeros(len(histogram), len(MOMENTS), dtype=torch.float64)
     moments[:, MOMENTS.index("min")] = -math.inf
     moments[:, MOMENTS.index("max")] = math.inf
-    points = torch.tensor(QUANTILES, dtype=torch.float64)
+    points = moments.new_tensor(QUANTILES)
     result: list[list[float]] = quantiles(histogram, moments, points).tolist()
     return result
 

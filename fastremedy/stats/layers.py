@@ -38,7 +38,7 @@ class Layers:
                 place = self.names.index(name) + 1
         places = {name: place for place, name in enumerate(self.names)}
         self._layer_of_row = {
-            part: torch.tensor([places[name] for name in names], dtype=torch.int64)
+            part: torch.tensor([places[name] for name in names], dtype=torch.int64, device="cpu")
             for part, names in owners.items()
         }
 
@@ -49,14 +49,18 @@ class Layers:
     def overall(self, part: str, column: str, reduce: str = "sum") -> Tensor:
         """Return a column over all steps ``[layers]``, NaN where it is unknown."""
         known = part in self._parts
-        values = self._parts[part].overall[column] if known else torch.empty(0).double()
+        values = (
+            self._parts[part].overall[column]
+            if known
+            else torch.empty(0, dtype=torch.float64, device="cpu")
+        )
         return self.reduce(part, values, reduce)
 
     def by_step(self, part: str, column: str) -> Tensor:
         """Return a column of every row ``[steps, rows]``."""
         if part in self._parts:
             return self._parts[part].by_step[column]
-        return torch.empty(self._num_steps, 0, dtype=torch.float64)
+        return torch.empty(self._num_steps, 0, dtype=torch.float64, device="cpu")
 
     def reduce(self, part: str, values: Tensor, reduce: str = "sum") -> Tensor:
         """Reduce what is known of the rows ``[*, rows]`` of each layer: ``[*, layers]``."""

@@ -105,7 +105,7 @@ def _activations(layers: Layers) -> list[Panel]:
 
 def _held(values: Tensor, was_called: Tensor) -> Tensor:
     """Return values ``[steps, layers]``; one that was not read is that of the last full step."""
-    steps = torch.arange(len(values)).unsqueeze(1)
+    steps = torch.arange(len(values), device=values.device).unsqueeze(1)
     last = torch.where(values.isnan(), -1, steps).cummax(0).values
     held = values.gather(0, last.clamp(min=0)).where(last >= 0, torch.nan)
     return held.where(was_called, values)

@@ -266,7 +266,7 @@ class Recorder:
 
     def histogram(self) -> Tensor:
         """Return the histograms of all devices together; this waits for them."""
-        total = torch.zeros(self._num_rows, NUM_BUCKETS, dtype=torch.int64)
+        total = torch.zeros(self._num_rows, NUM_BUCKETS, dtype=torch.int64, device="cpu")
         for buffer in self._buffers.values():
             if buffer.statistics.histogram is not None:
                 total += buffer.statistics.histogram.cpu()
@@ -307,12 +307,12 @@ class Recorder:
             known = self._places.get(id(raw.rows))
             if known is None or known[0] is not raw.rows:
                 places = [self._rows_of_params.get(id(owner), -1) for owner in raw.rows.owners]
-                known = raw.rows, torch.tensor(places, dtype=torch.int64)
+                known = raw.rows, torch.tensor(places, dtype=torch.int64, device="cpu")
             used[id(raw.rows)] = known
             parcel["update rows", str(i)] = known[1]
             parcel["updates", str(i)] = raw.sums if self._updates else raw.sums.clone()
         for i, (rows, norms) in enumerate(self._norms or self._captured_norms):
-            parcel["norm rows", str(i)] = torch.tensor(rows, dtype=torch.int64)
+            parcel["norm rows", str(i)] = torch.tensor(rows, dtype=torch.int64, device="cpu")
             parcel["norms", str(i)] = norms if self._norms else norms.clone()
         self._places, self._updates, self._norms = used, [], []
 

@@ -54,9 +54,11 @@ def write(
 
 def _last_known(values: Tensor) -> Tensor:
     """Return the last row of ``[steps, rows]`` that is known of each; NaN if none is."""
-    steps = torch.arange(len(values))[:, None]
+    steps = torch.arange(len(values), device=values.device)[:, None]
     last = torch.where(values.isnan(), -1, steps).amax(0)
-    return values[last, torch.arange(values.shape[1])]  # -1: the last one, which is NaN
+    return values[
+        last, torch.arange(values.shape[1], device=values.device)
+    ]  # -1: the last one, which is NaN
 
 
 def _in_order(histogram: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def _in_order(histogram: Tensor) -> Tensor:
 
 def _edges() -> Tensor:
     """Return the 4080 edges of the cells, exact in float64."""
-    bits = torch.arange(1, FIRST_NON_FINITE_BUCKET + 1) << 20
+    bits = torch.arange(1, FIRST_NON_FINITE_BUCKET + 1, device="cpu") << 20
     edges = bits.int().view(torch.float32).double()
     edges[-1] = torch.finfo(torch.float32).max
     return torch.cat([-edges.flip(0), edges])
@@ -87,7 +89,7 @@ def _join(cells: Tensor) -> tuple[Tensor, Tensor]:
     Where that leaves too many, so are 2, 4 or 8 neighbours of one sign: octaves have 512 limits.
     """
     cumulative = torch.cat([cells.new_zeros(1), cells.cumsum(0)])
-    magnitude = torch.arange(1, FIRST_NON_FINITE_BUCKET + 1)
+    magnitude = torch.arange(1, FIRST_NON_FINITE_BUCKET + 1, device="cpu")
     stride = 1
     while True:
         keep = (magnitude % stride == 0) | (magnitude == 1)

@@ -32,7 +32,7 @@ def layout_of(layers: Sequence[int], sizes: Sequence[int], numels: Sequence[int]
     ``sizes[i]`` units in a row belong to ``layers[i]``, with ``numels[i]`` values each if that is
     known. A layer may come several times.
     """
-    return torch.tensor([layers, sizes, numels], dtype=torch.int64).T
+    return torch.tensor([layers, sizes, numels], dtype=torch.int64, device="cpu").T
 
 
 def sums_of_fused(layout: Tensor, saved: Tensor, dead: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _merge_calls(
     sizes = layout.new_zeros(len(layers)).index_copy_(0, places, layout[:, 1])
     first = (sizes.cumsum(0) - sizes)[places].tolist()
     runs = zip(first, layout[:, 1].tolist(), strict=True)
-    unit = torch.cat([torch.arange(start, start + size) for start, size in runs])
+    unit = torch.cat([torch.arange(start, start + size, device="cpu") for start, size in runs])
 
     def added(values: Tensor) -> Tensor:
         return values.new_zeros(len(values), int(sizes.sum())).index_add_(1, unit, values)
