@@ -90,6 +90,14 @@ def test_buffers_move(form: str) -> None:
 
 
 @BOTH_FORMS
+def test_made_on_the_meta_device(form: str) -> None:
+    with torch.device("meta"):
+        module = MODULES[form](alpha=[0.1, 0.2, 0.7])
+    assert module.alpha.is_meta
+    module.to_empty(device="cpu").load_state_dict({"alpha": torch.ones(3)})
+
+
+@BOTH_FORMS
 def test_copies(backend: str, device: torch.device, form: str) -> None:
     input, target = make_call(form, (6, 3), device)
     module = MODULES[form](gamma=0.7, reduction="sum", **vectors(form, 3, device))

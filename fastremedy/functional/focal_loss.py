@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from ..ops.focal_loss import (
     ClassVectors,
     Options,
     check_labels,
+    class_factors,
     composite,
     compute_dtype,
     is_labels,
@@ -223,7 +223,7 @@ def focal_loss_with_stats(
     if isinstance(alpha, float | int):
         alpha_value, alpha = float(alpha), None
     elif alpha is not None and not isinstance(alpha, Tensor):
-        alpha = torch.tensor(alpha, dtype=torch.float32, device=input.device)
+        alpha = class_factors(alpha, input.device)
     if not softmax:
         check_alpha(alpha_value)
     classes = ClassVectors(alpha, weight, pos_weight)
@@ -303,8 +303,8 @@ def check_numbers(
             f"gamma must be a number, got {type(gamma).__name__}: kernels are built for its value, "
             "and no gradient is computed for it"
         )
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma must be a finite number >= 0, got {gamma}")
+    if not 0 <= gamma <= torch.finfo(torch.float32).max:
+        raise ValueError(f"gamma must be a finite float32 number >= 0, got {gamma}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not isinstance(label_smoothing, float | int):

@@ -17,6 +17,7 @@ from ..functional.focal_loss import (
     check_numbers,
     focal_loss_with_stats,
 )
+from ..ops.focal_loss import class_factors
 
 
 class _FocalLoss(_WeightedLoss):
@@ -49,9 +50,9 @@ class _FocalLoss(_WeightedLoss):
             self.alpha = alpha
             values = [] if alpha is None else [float(alpha)]
         else:
-            vector = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float)
+            vector = alpha if isinstance(alpha, Tensor) else class_factors(alpha)
             self.register_buffer("alpha", vector)
-            values = vector.tolist()
+            values = [] if vector.is_meta else vector.flatten().tolist()
         if not self._softmax:
             for value in values:
                 check_alpha(value)

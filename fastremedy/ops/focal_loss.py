@@ -40,6 +40,14 @@ class ClassVectors(NamedTuple):
     pos_weight: Tensor | None = None
 
 
+def class_factors(alpha: Sequence[float], device: torch.device | None = None) -> Tensor:
+    """Return a factor for each class as float32."""
+    try:
+        return torch.tensor(alpha, dtype=torch.float32, device=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"alpha must be one number or one for each class, got {alpha!r}") from error
+
+
 def compute_dtype(input: Tensor) -> torch.dtype:
     """Return what :func:`composite` needs for 1e-6 in float32: torch's own operators round log(q).
 
