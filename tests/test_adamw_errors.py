@@ -62,6 +62,7 @@ MISFITS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "dimensions": (lambda: torch.ones(4, 1), ("(4,)", "(4, 1)")),
     "integers": (lambda: torch.ones(4, dtype=torch.int64), ("torch.int64",)),
     "complex": (lambda: torch.ones(4, dtype=torch.complex64), ("real", "torch.complex64")),
+    "float8": (lambda: torch.ones(4).to(torch.float8_e5m2), ("real (float32", "float8_e5m2")),
     "device": (lambda: torch.ones(4, device="meta"), ("meta",)),
 }
 
@@ -172,6 +173,21 @@ def test_state_of_another_shape(backend: str, device: torch.device) -> None:
     optimizer = optimizer_after_a_step(device)
     optimizer.state[params_of(optimizer)[2]]["exp_avg"] = torch.zeros(7, device=device)
     assert_refused(optimizer, ValueError, "param_groups[0]['params'][2]", "(4,)", "(7,)")
+
+
+@pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq"])
+def test_state_that_is_missing(backend: str, device: torch.device, name: str) -> None:
+    optimizer = optimizer_after_a_step(device)
+    del optimizer.state[params_of(optimizer)[2]][name]
+    assert_refused(
+        optimizer, ValueError, "param_groups[0]['params'][2]", f"state['{name}']", "None"
+    )
+
+
+def test_step_of_many_elements(backend: str, device: torch.device) -> None:
+    optimizer = optimizer_after_a_step(device)
+    optimizer.state[params_of(optimizer)[2]]["step"] = torch.ones(4, device=device)
+    assert_refused(optimizer, ValueError, "param_groups[0]['params'][2]", "one element")
 
 
 def test_expanded_parameter_is_refused(backend: str, device: torch.device) -> None:

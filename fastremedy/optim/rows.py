@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops import shards
 from ..ops.adamw import Columns
-from ..ops.dispatch import is_dense
+from ..ops.dispatch import KERNEL_DTYPES, is_dense
 from ..ops.table import Group, Rows
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -126,8 +126,13 @@ def _moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype
 
 def adopt_state(param: Tensor, values: dict[str, Any], amsgrad: bool, low_precision: str) -> None:
     """Bring loaded or hand-made state into the form that kernels take; keep what already has it."""
+    _check_kinds(values)
     step = values["step"]
-    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != param.device:
+    if (
+        not isinstance(step, Tensor)
+        or (step.dtype, step.device) != (torch.float32, param.device)
+        or step.numel() != 1
+    ):
         values["step"] = torch.as_tensor(float(step), dtype=torch.float32, device=param.device)
     if amsgrad and "max_exp_avg_sq" not in values:
         second = values["exp_avg_sq"]
@@ -146,6 +151,14 @@ def adopt_state(param: Tensor, values: dict[str, Any], amsgrad: bool, low_precis
         values[key] = shards.wrap(shards.local(param).detach().to(residual_dtype), param)
     else:
         values[key] = shards.wrap(torch.zeros_like(shards.local(param)), param)
+
+
+def _check_kinds(values: dict[str, Any]) -> None:
+    if not hasattr(values.get("step"), "__float__"):
+        raise ValueError(f"state['step'] must be a number, got {values.get('step')!r}")
+    for name in {*_MOMENTS[:2], *values.keys() & _MOMENTS}:
+        if not isinstance(values.get(name), Tensor):
+            raise ValueError(f"state[{name!r}] must be a Tensor, got {values.get(name)!r}")
 
 
 def _common_dtype(param: Tensor, moments: list[Tensor]) -> torch.dtype:
@@ -248,7 +261,7 @@ def fits(param: Tensor, grad: Tensor) -> bool:
         and grad.shape == param.shape
         and grad.device == param.device
         and grad.is_complex() == param.is_complex()
-        and (grad.is_floating_point() or grad.is_complex())
+        and (grad.dtype in KERNEL_DTYPES or grad.is_complex())
     )
 
 
@@ -273,7 +286,7 @@ def raise_misfit(param: Tensor, grad: Tensor, name: str) -> NoReturn:
                 f"gradient of {name} must have the parameter's {what}, "
                 f"expected {expected}, got {got}"
             )
-    kind = "complex" if param.is_complex() else "real floating point"
+    kind = "complex" if param.is_complex() else "real (float32, float64, float16 or bfloat16)"
     raise ValueError(f"gradient of {name} must be {kind} as the parameter is, got {grad.dtype}")
 
 
