@@ -139,6 +139,16 @@ def test_seed_is_drawn_only_for_stochastic_rounding() -> None:
     torch.testing.assert_close(torch.get_rng_state(), before)
 
 
+def test_seed_is_the_same_under_any_default_device() -> None:
+    seeds = []
+    for default in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(default):
+            optimizer = fastremedy.optim.AdamW(make_params([(2,)]), low_precision="stochastic")
+        seeds.append(optimizer.param_groups[0]["noise_seed"])
+    assert seeds[0] == seeds[1]
+
+
 def test_group_added_later_shares_the_seed(backend: str, device: torch.device) -> None:
     params = make_params([(4,), (4,)], torch.bfloat16, device)
     optimizer = fastremedy.optim.AdamW(params[:1], low_precision="stochastic")

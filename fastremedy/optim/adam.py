@@ -96,7 +96,7 @@ class Adam(torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         if low_precision == "stochastic":
-            seed = int(torch.randint(2**63 - 1, ()).item())
+            seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
             self.defaults["noise_seed"] = seed
             for group in self.param_groups:
                 group["noise_seed"] = seed
