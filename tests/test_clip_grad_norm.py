@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastremedy
 
@@ -356,3 +358,14 @@ def test_dtypes_without_norm_are_refused(
         torch.nn.utils.clip_grad_norm_([param], 1.0)
     with pytest.raises((RuntimeError, ValueError, TypeError)):
         fastremedy.clip_([param], 1.0)
+
+
+@pytest.mark.parametrize("choice", [None, "torch"])
+@pytest.mark.parametrize("without_values", [torch.device("meta"), FakeTensorMode()], ids=type)
+def test_tensors_without_values(choice: str | None, without_values: Any) -> None:
+    """As where the memory of a training step is estimated."""
+    with fastremedy.backends.use(choice), without_values:
+        params = with_grads([torch.ones(3), torch.ones(2, dtype=torch.bfloat16)])
+        norm = fastremedy.clip_(params, 1.0)
+    assert type(norm) is type(params[0].grad)
+    assert (norm.shape, norm.device) == ((), params[0].device)

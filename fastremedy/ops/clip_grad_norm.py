@@ -70,10 +70,15 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, norm_type: float) 
     return norm.to(norm_dtype(grads))
 
 
+def is_on_host(value: Tensor) -> bool:
+    """Whether there is a value that can be read without waiting: a FakeTensor has none."""
+    return value.device.type == "cpu" and type(value) is Tensor
+
+
 def scale_(grads: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiply by a float64 scalar; halves are multiplied in float32, which keeps small factors."""
-    if not coefficient.is_cuda and coefficient.item() == 1.0:
-        return  # on CUDA asking would wait for the device
+    if is_on_host(coefficient) and coefficient.item() == 1.0:
+        return  # elsewhere asking would wait for the device
     for grad in map(_without_repeats, grads):
         factor = coefficient.to(grad.device)
         if grad.dtype in _HALF:

@@ -318,8 +318,8 @@ def _readable(grad: Tensor) -> Tensor:
 
 def _scale(grads: list[Tensor], coefficient: Tensor) -> None:
     """Scale memory of this rank; many shards of one dtype at once."""
-    if not coefficient.is_cuda and coefficient.item() == 1.0:
-        return  # on CUDA asking would wait for the device
+    if definition.is_on_host(coefficient) and coefficient.item() == 1.0:
+        return  # elsewhere asking would wait for the device
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         memory = shards.local(grad)
