@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastremedy
 from fastremedy.nn.fuse import fuse_, unfuse_
@@ -208,6 +209,14 @@ def test_moves_with_the_model(model: nn.Module) -> None:
     expected = copy.deepcopy(model)
     fuse_(model)
     assert_alike(model.float().double(), expected.float().double())
+
+
+def test_fake_tensors() -> None:
+    """As where the memory of a model is estimated before there is one."""
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        assert fuse_(model).left == []
+        assert model(torch.ones(2, 3, 5, 5)).shape == (2, 4, 3, 3)
 
 
 # --- one forward ---
