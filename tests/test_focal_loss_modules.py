@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastremedy.functional import FocalLossStats
 from fastremedy.nn import FocalLoss, SigmoidFocalLoss, class_balanced_alpha
@@ -90,11 +91,14 @@ def test_buffers_move(form: str) -> None:
 
 
 @BOTH_FORMS
-def test_made_on_the_meta_device(form: str) -> None:
+def test_made_where_there_are_no_values(form: str) -> None:
     with torch.device("meta"):
         module = MODULES[form](alpha=[0.1, 0.2, 0.7])
     assert module.alpha.is_meta
     module.to_empty(device="cpu").load_state_dict({"alpha": torch.ones(3)})
+    with FakeTensorMode():
+        module = MODULES[form](alpha=[0.1, 0.2, 0.7], reduction="sum")
+        assert module(torch.ones(2, 3), torch.tensor([0, 1])).shape == ()
 
 
 @BOTH_FORMS

@@ -17,6 +17,7 @@ from ..functional.focal_loss import (
     check_numbers,
     focal_loss_with_stats,
 )
+from ..ops.dispatch import is_traced
 from ..ops.focal_loss import class_factors
 
 
@@ -52,7 +53,7 @@ class _FocalLoss(_WeightedLoss):
         else:
             vector = alpha if isinstance(alpha, Tensor) else class_factors(alpha)
             self.register_buffer("alpha", vector)
-            values = [] if vector.is_meta else vector.flatten().tolist()
+            values = [] if vector.is_meta or is_traced(vector) else vector.flatten().tolist()
         if not self._softmax:
             for value in values:
                 check_alpha(value)
