@@ -252,6 +252,19 @@ def test_shared_block_and_shared_norm() -> None:
     assert_alike(conflict, expected)
 
 
+@pytest.mark.parametrize("changed", ["conv1", "conv2"])
+def test_a_module_with_two_names_that_loses_one(changed: str) -> None:
+    """The trace names it ``conv1`` wherever it is called."""
+    block = models.BasicBlock(3, 3, 1, None).double()
+    block.conv2 = block.conv1
+    expected = copy.deepcopy(block)
+    assert len(fuse_(block).fused) == 2
+    assert_alike(block, expected)
+    for model in (block, expected):
+        setattr(model, changed, nn.Identity())
+    assert_alike(block, expected)
+
+
 @pytest.mark.parametrize(
     ("norm", "shape"),
     [

@@ -9,7 +9,7 @@ original forward stays right, and it runs whenever something that the trace reli
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CodeType, FunctionType
@@ -220,6 +220,7 @@ class _FusedForward:
         self.attributes = [
             *((m, k, v) for m, k, v in steps if any(v is x for x in (*readers, *self.watched))),
             *(attribute for m in (*readers, *uncalled) for attribute in _attributes(m)),
+            *_shared(module),
         ]
         self.children = [(reader, _children(reader)) for reader in readers]
         for fusion in fusions:
@@ -290,6 +291,18 @@ def _attributes(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     plain = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
     base = vars(nn.Module())
     return [(module, k, v) for k, v in vars(module).items() if k not in base and type(v) in plain]
+
+
+def _shared(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Return every place of the modules that have several: a trace names one of them."""
+    places = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent._modules.items()
+        if child is not None
+    ]
+    count = Counter(id(child) for _, _, child in places)
+    return [place for place in places if count[id(place[2])] > 1]
 
 
 def _is_still(now: object, before: object) -> bool:
