@@ -109,14 +109,17 @@ def test_amsgrad_switched_on(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_tensor_lr(
     backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     params = make_params([(3,), (2, 2), ()], device=device)
     expected = copy_params(params)
     lr = torch.full(shape, 0.1, dtype=dtype)
-    ours, by_torch = fastremedy.optim.AdamW(params, lr=lr), torch.optim.AdamW(expected, lr=0.1)
+    ours, by_torch = (
+        fastremedy.optim.AdamW(params, lr=lr),
+        torch.optim.AdamW(expected, lr=lr.item()),
+    )
     assert ours.param_groups[0]["lr"] is lr
     for grads in make_grads(params, 4):
         set_grads(params, grads)

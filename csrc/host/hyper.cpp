@@ -37,19 +37,21 @@ double number_from(const py::object& value, const char* name, DLDevice device,
     if (number == -1.0 && PyErr_Occurred() != nullptr) throw_not_a_number(value, name);
     return number;
   }
+  if (numel_of(tensor) != 1) throw_not_a_number(value, name);
   DType dtype;
-  if (numel_of(tensor) != 1 || !dtype_of(tensor, &dtype)) throw_not_a_number(value, name);
+  const bool has_dtype = dtype_of(tensor, &dtype);
   const void* data = data_of(tensor);
   if (device_pointer != nullptr && is_cuda(device) && same_device(tensor.device, device) &&
-      dtype == DType::kFloat32) {
+      has_dtype && dtype == DType::kFloat32) {
     *device_pointer = static_cast<const float*>(data);
     return 0;
   }
-  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat32) {
-    return *static_cast<const float*>(data);
-  }
-  if (tensor.device.device_type == kDLCPU && dtype == DType::kFloat64) {
-    return *static_cast<const double*>(data);
+  if (tensor.device.device_type == kDLCPU) {
+    if (has_dtype && dtype == DType::kFloat32) return *static_cast<const float*>(data);
+    if (has_dtype && dtype == DType::kFloat64) return *static_cast<const double*>(data);
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (number == -1.0 && PyErr_Occurred() != nullptr) throw_not_a_number(value, name);
+    return number;
   }
   throw py::value_error(std::string(name) +
                         " as a tensor must be float32 on the parameters' device, or on the CPU");
