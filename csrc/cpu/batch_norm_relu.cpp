@@ -26,21 +26,6 @@ FASTREMEDY_CLONES void count_zeros_in_columns(const Value* __restrict values, in
   }
 }
 
-// Bit i % 8 of byte i / 8 is flags[i]. The product moves bit 8 k of a word to bit 56 + k.
-FASTREMEDY_CLONES void pack_bits(const uint8_t* flags, uint8_t* bytes, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t word;
-    memcpy(&word, flags + i, 8);
-    bytes[i / 8] = static_cast<uint8_t>((word * 0x0102040810204080ull) >> 56);
-  }
-  if (i < n) {
-    uint8_t byte = 0;
-    for (int64_t k = i; k < n; ++k) byte |= static_cast<uint8_t>(flags[k] << (k - i));
-    bytes[i / 8] = byte;
-  }
-}
-
 template <Activation kActivation, class T>
 class Forward : Pass<T> {
   using Pass<T>::layout_, Pass<T>::options_, Pass<T>::reader, Pass<T>::writer;
@@ -50,8 +35,7 @@ class Forward : Pass<T> {
       : Pass<T>(args, 2 + (args.residual != nullptr), 4),
         args_(args),
         pilot_(this->row(3)),
-        is_plain_(!args.residual && !args.mask &&
-                  (!args.dead || kActivation == Activation::kReLU)) {}
+        tells_from_output_(kActivation == Activation::kReLU || (!args.mask && !args.dead)) {}
 
   void run() {
     const bool reduces = args_.training && args_.phase != BatchNormPhase::kFinish;
@@ -122,20 +106,24 @@ class Forward : Pass<T> {
         }
       }
     };
-    apply(tile, count_dead, [&](auto activation, const Source<T>& x, T* y) {
-      normalize_rows<activation.value>(x, y, tile.row_size, tile.num_rows,
-                                       this->normalizers(tile.channel), options_);
-    });
+    apply(tile, count_dead,
+          [&](auto activation, auto adds, const Source<T>& x, const Source<T>& residual, T* y) {
+            normalize_rows<activation.value, adds.value>(x, residual, y, tile.row_size,
+                                                         tile.num_rows,
+                                                         this->normalizers(tile.channel), options_);
+          });
   }
 
   void apply_to_columns(const Tile& tile, int32_t* dead) const {
     const auto count_dead = [&](const auto* values) {
       count_zeros_in_columns(values, tile.size(), layout_.width(tile), dead + tile.column);
     };
-    apply(tile, count_dead, [&](auto activation, const Source<T>& x, T* y) {
-      normalize_columns<activation.value>(x, y, tile.size(), layout_.width(tile),
-                                          this->normalizers(tile.column), options_);
-    });
+    apply(tile, count_dead,
+          [&](auto activation, auto adds, const Source<T>& x, const Source<T>& residual, T* y) {
+            normalize_columns<activation.value, adds.value>(
+                x, residual, y, tile.size(), layout_.width(tile), this->normalizers(tile.column),
+                options_);
+          });
   }
 
   int64_t* dead() const { return args_.dead; }
@@ -196,41 +184,44 @@ class Forward : Pass<T> {
     store_channels(values, begin, n, running);
   }
 
-  // normalize(activation, x, y) is that of rows or columns. count_dead(values) counts zeros: those
-  // of ReLU's outputs, or else flags of what is positive.
+  // normalize(activation, adds, x, residual, y) is that of rows or columns. count_dead(values)
+  // counts zeros: those of ReLU's outputs, or else flags of what is positive.
   template <class CountDead, class Normalize>
   void apply(const Tile& tile, const CountDead& count_dead, const Normalize& normalize) const {
     const int64_t n = tile.size();
-    auto input = reader(args_.input);
+    auto input = reader(args_.input), residual = reader(args_.residual);
     auto output = writer(args_.output);
     const Source<T> x = input.load(tile);
-    T* y = output.place(tile.begin);
-    if (is_plain_) {
-      normalize(std::integral_constant<Activation, kActivation>(), x, y);
+    const auto normalize_to = [&](T* to, auto activation) {
+      if (args_.residual) {
+        normalize(activation, std::true_type(), x, residual.load(tile), to);
+      } else {
+        normalize(activation, std::false_type(), x, Source<T>{}, to);
+      }
+    };
+    T* const y = output.place(tile.begin);
+    uint8_t flags[kBlockSize];
+    if (tells_from_output_) {
+      normalize_to(y, std::integral_constant<Activation, kActivation>());
       if (args_.dead) count_dead(y);
-      output.store(n);
+      if (args_.mask) find_kept<kActivation>(y, flags, n, T(0));
     } else {
-      uint8_t flags[kBlockSize];
       alignas(64) T z[kBlockSize];
-      normalize(std::integral_constant<Activation, Activation::kIdentity>(), x, z);
-      auto residual = reader(args_.residual);
-      if (args_.residual) add_to(z, residual.load(tile), n);
+      normalize_to(z, std::integral_constant<Activation, Activation::kIdentity>());
       if (args_.dead) {
         find_positive(z, flags, n, options_.threshold);
         count_dead(static_cast<const uint8_t*>(flags));
       }
-      if (args_.mask) {
-        find_kept<kActivation>(z, flags, n, options_.threshold);
-        layout_.for_each_mask_row(tile, flags, args_.mask, pack_bits);
-      }
+      if (args_.mask) find_kept<kActivation>(z, flags, n, options_.threshold);
       activate_all<kActivation>(z, y, n, options_);
-      output.store(n);
     }
+    if (args_.mask) pack_bits(flags, layout_.mask_rows(tile, args_.mask));
+    output.store(n);
   }
 
   const BatchNormForwardArgs& args_;
   T* const pilot_;
-  const bool is_plain_;
+  const bool tells_from_output_;  // what else is asked for
 };
 
 }  // namespace

@@ -6,18 +6,6 @@
 namespace fastremedy::cpu {
 namespace {
 
-// Copies a byte to the 8 bytes of a word, leaves bit k in byte k, and makes a 1 of what is not 0.
-FASTREMEDY_CLONES void unpack_bits(const uint8_t* bytes, uint8_t* flags, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const uint64_t copies = bytes[i / 8] * 0x0101010101010101ull;
-    const uint64_t bits = copies & 0x8040201008040201ull;
-    const uint64_t word = ((bits + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
-    memcpy(flags + i, &word, 8);
-  }
-  for (; i < n; ++i) flags[i] = (bytes[i / 8] >> (i % 8)) & 1;
-}
-
 template <Activation kActivation, class T>
 class Backward : Pass<T> {
   using Pass<T>::layout_, Pass<T>::options_, Pass<T>::normalizers;
@@ -49,7 +37,8 @@ class Backward : Pass<T> {
   void begin_columns(int64_t, int64_t) const {}
 
   void sum_rows(const Tile& tile, double* sums_g, double* sums_gx) const {
-    visit(tile, normalize_tile_of_rows(tile),
+    alignas(64) T g[kBlockSize];
+    visit(tile, normalize_tile_of_rows(tile), g,
           [&](auto activation, const Source<T>& x, const Source<T>& grad) {
             sum_grad_rows<activation.value>(x, grad, tile.row_size, tile.num_rows,
                                             normalizers(tile.channel), options_, sums_g, sums_gx);
@@ -57,7 +46,8 @@ class Backward : Pass<T> {
   }
 
   void sum_columns(const Tile& tile, T* sums_g, T* sums_gx) const {
-    visit(tile, normalize_tile_of_columns(tile),
+    alignas(64) T g[kBlockSize];
+    visit(tile, normalize_tile_of_columns(tile), g,
           [&](auto activation, const Source<T>& x, const Source<T>& grad) {
             sum_grad_columns<activation.value>(x, grad, tile.size(), layout_.width(tile),
                                                normalizers(tile.column), options_, sums_g, sums_gx);
@@ -104,15 +94,15 @@ class Backward : Pass<T> {
   }
 
   auto normalize_tile_of_rows(const Tile& tile) const {
-    return [this, &tile](const Source<T>& x, T* z) {
-      normalize_rows<Activation::kIdentity>(x, z, tile.row_size, tile.num_rows,
-                                            normalizers(tile.channel), options_);
+    return [this, &tile](const Source<T>& x, const Source<T>& residual, T* z) {
+      normalize_rows<Activation::kIdentity, true>(x, residual, z, tile.row_size, tile.num_rows,
+                                                  normalizers(tile.channel), options_);
     };
   }
   auto normalize_tile_of_columns(const Tile& tile) const {
-    return [this, &tile](const Source<T>& x, T* z) {
-      normalize_columns<Activation::kIdentity>(x, z, tile.size(), layout_.width(tile),
-                                               normalizers(tile.column), options_);
+    return [this, &tile](const Source<T>& x, const Source<T>& residual, T* z) {
+      normalize_columns<Activation::kIdentity, true>(
+          x, residual, z, tile.size(), layout_.width(tile), normalizers(tile.column), options_);
     };
   }
 
@@ -147,25 +137,20 @@ class Backward : Pass<T> {
   }
 
   // use(activation, x, grad): the gradient goes through `activation` still, which is the identity
-  // where that was done here, with what the forward pass kept.
+  // where that was done here, with what the forward pass kept; then it lies in g.
   template <class Normalize, class Use>
-  void visit(const Tile& tile, const Normalize& normalize_tile, const Use& use) const {
+  void visit(const Tile& tile, const Normalize& normalize_tile, T* g, const Use& use) const {
     const int64_t n = tile.size();
     auto input = reader(args_.input), grad_output = reader(args_.grad_output);
     const Source<T> x = input.load(tile), grad = grad_output.load(tile);
-    alignas(64) T g[kBlockSize];
     if (args_.mask) {
-      uint8_t flags[kBlockSize];
-      layout_.for_each_mask_row(
-          tile, flags, args_.mask,
-          [](uint8_t* row, const uint8_t* bytes, int64_t size) { unpack_bits(bytes, row, size); });
       const bool is_leaky = kActivation == Activation::kLeakyReLU;
-      find_masked_grads(flags, grad.values, g, n, is_leaky ? options_.negative_slope : T(0));
+      find_masked_grads(layout_.mask_rows(tile, args_.mask), grad.values, g,
+                        is_leaky ? options_.negative_slope : T(0));
     } else if (args_.residual) {
       alignas(64) T z[kBlockSize];
-      normalize_tile(x, z);
       auto residual = reader(args_.residual);
-      add_to(z, residual.load(tile), n);
+      normalize_tile(x, residual.load(tile), z);
       find_activation_grads<kActivation>(z, grad.values, g, n, options_);
     } else {
       return use(std::integral_constant<Activation, kActivation>(), x, grad);
@@ -175,23 +160,26 @@ class Backward : Pass<T> {
 
   template <class Normalize, class Write>
   void apply(const Tile& tile, const Normalize& normalize_tile, const Write& write) const {
-    visit(tile, normalize_tile, [&](auto activation, const Source<T>& x, const Source<T>& g) {
-      const int64_t n = tile.size();
-      if (args_.grad_residual) {
-        auto grad_residual = writer(args_.grad_residual);
-        std::copy_n(g.values, n, grad_residual.place(tile.begin));
-        grad_residual.store(tile.size());
-      }
-      if (args_.grad_input == nullptr) return;
-      auto grad_input = writer(args_.grad_input);
-      T* dx = grad_input.place(tile.begin);
-      if (args_.training) {
-        write(activation, std::true_type(), x, g, dx);
-      } else {
-        write(activation, std::false_type(), x, g, dx);
-      }
-      grad_input.store(tile.size());
-    });
+    auto grad_residual = writer(args_.grad_residual);
+    alignas(64) T own[kBlockSize];
+    T* const place = args_.grad_residual ? grad_residual.place(tile.begin) : own;
+    visit(tile, normalize_tile, place,
+          [&](auto activation, const Source<T>& x, const Source<T>& g) {
+            const int64_t n = tile.size();
+            if (args_.grad_residual) {
+              if (g.values != place) std::copy_n(g.values, n, place);
+              grad_residual.store(n);
+            }
+            if (args_.grad_input == nullptr) return;
+            auto grad_input = writer(args_.grad_input);
+            T* dx = grad_input.place(tile.begin);
+            if (args_.training) {
+              write(activation, std::true_type(), x, g, dx);
+            } else {
+              write(activation, std::false_type(), x, g, dx);
+            }
+            grad_input.store(n);
+          });
   }
 
   const BatchNormBackwardArgs& args_;

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "../core/arguments.h"
+#include "batch_norm_relu_masks.h"
 #include "parallel.h"
 #include "simd.h"
 #include "tensor_block.h"
@@ -59,14 +60,13 @@ class Layout {
     for (int64_t i = shape_.channels; i < period(); ++i) values[i] = values[i - shape_.channels];
   }
 
-  // visit(flags of the row, bytes of its mask, elements) for the rows of a tile.
-  template <class Byte, class Visit>
-  void for_each_mask_row(const Tile& tile, uint8_t* flags, Byte* mask, const Visit& visit) const {
+  // The part of a mask that belongs to a tile. Rows that end with a byte are one long row.
+  template <class Byte>
+  MaskRows<Byte> mask_rows(const Tile& tile, Byte* mask) const {
     const int64_t stride = shape_.mask_row_size();
-    for (int64_t r = 0; r < tile.num_rows; ++r) {
-      visit(flags + r * tile.row_size, mask + (tile.row + r) * stride + tile.column / 8,
-            tile.row_size);
-    }
+    Byte* const bytes = mask + tile.row * stride + tile.column / 8;
+    if (tile.row_size == row_size_ && row_size_ % 8 == 0) return {bytes, 0, tile.size(), 1};
+    return {bytes, stride, tile.row_size, tile.num_rows};
   }
 
   // visit(tile, n) for channels [begin, end): the first n elements of the tile's rows are among

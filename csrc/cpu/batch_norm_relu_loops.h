@@ -174,31 +174,41 @@ FASTREMEDY_CLONES void sum_columns(Source<T> input, int64_t n, int64_t width,
                      });
 }
 
-template <Activation kActivation, class T>
-FASTREMEDY_CLONES void normalize_rows(Source<T> input, T* __restrict y, int64_t row_size,
-                                      int64_t num_rows, Normalizers<T> channels,
+// y = activation(normalize(x) + residual); without kAdds there is no residual.
+template <Activation kActivation, bool kAdds, class T>
+FASTREMEDY_CLONES void normalize_rows(Source<T> input, Source<T> residual, T* __restrict y,
+                                      int64_t row_size, int64_t num_rows, Normalizers<T> channels,
                                       ActivationOptions<T> options) {
   const T threshold = options.threshold, negative_slope = options.negative_slope;
-  const auto ask = [&](int64_t i) __attribute__((always_inline)) { input.ask(i); };
-  for (int64_t r = 0; r < num_rows; ++r, input.advance(row_size), y += row_size) {
-    const T* __restrict x = input.values;
+  const auto ask = [&](int64_t i) __attribute__((always_inline)) {
+    input.ask(i);
+    if (kAdds) residual.ask(i);
+  };
+  for (int64_t r = 0; r < num_rows; ++r, y += row_size) {
+    const T* __restrict x = input.values, * __restrict added = residual.values;
     const Normalizer<T> c = channels[r];
     for_each_in_row<T>(row_size, ask, [&](int64_t i) __attribute__((always_inline)) {
       const T z = normalize(x[i], c.mean, c.scale, c.shift);
-      y[i] = activate<kActivation>(z, threshold, negative_slope);
+      y[i] = activate<kActivation>(kAdds ? z + added[i] : z, threshold, negative_slope);
     });
+    input.advance(row_size);
+    if (kAdds) residual.advance(row_size);
   }
 }
 
-template <Activation kActivation, class T>
-FASTREMEDY_CLONES void normalize_columns(Source<T> input, T* __restrict y, int64_t n, int64_t width,
-                                         Normalizers<T> c, ActivationOptions<T> options) {
-  const T* __restrict x = input.values;
+template <Activation kActivation, bool kAdds, class T>
+FASTREMEDY_CLONES void normalize_columns(Source<T> input, Source<T> residual, T* __restrict y,
+                                         int64_t n, int64_t width, Normalizers<T> c,
+                                         ActivationOptions<T> options) {
+  const T* __restrict x = input.values, * __restrict added = residual.values;
   const T threshold = options.threshold, negative_slope = options.negative_slope;
-  const auto ask = [&](int64_t i) __attribute__((always_inline)) { input.ask(i); };
+  const auto ask = [&](int64_t i) __attribute__((always_inline)) {
+    input.ask(i);
+    if (kAdds) residual.ask(i);
+  };
   for_each_in_columns<T>(n, width, ask, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
     const T z = normalize(x[i], c.mean[k], c.scale[k], c.shift[k]);
-    y[i] = activate<kActivation>(z, threshold, negative_slope);
+    y[i] = activate<kActivation>(kAdds ? z + added[i] : z, threshold, negative_slope);
   });
 }
 
@@ -340,17 +350,6 @@ FASTREMEDY_CLONES void find_activation_grads(const T* __restrict z, const T* __r
   const T threshold = options.threshold, negative_slope = options.negative_slope;
   for (int64_t i = 0; i < n; ++i) {
     g[i] = activation_grad<kActivation>(z[i], grad[i], threshold, negative_slope);
-  }
-}
-
-// The same from flags of gradients that stay, for ReLU (negative_slope = 0) and leaky ReLU.
-template <class T>
-FASTREMEDY_CLONES void find_masked_grads(const uint8_t* __restrict flags, const T* __restrict grad,
-                                         T* __restrict g, int64_t n, T negative_slope) {
-  if (negative_slope == 0) {
-    for (int64_t i = 0; i < n; ++i) g[i] = flags[i] ? grad[i] : T(0);
-  } else {
-    for (int64_t i = 0; i < n; ++i) g[i] = flags[i] ? grad[i] : grad[i] * negative_slope;
   }
 }
 
