@@ -60,12 +60,6 @@ struct StatisticsRows {
   ChannelStatistics<T> get(int64_t i) const {
     return {mean[i], mean_low[i], invstd[i], variance[i]};
   }
-  void set(int64_t i, const ChannelStatistics<T>& s) const {
-    mean[i] = s.mean;
-    mean_low[i] = s.mean_low;
-    invstd[i] = s.invstd;
-    variance[i] = s.variance;
-  }
 
   T* mean;
   T* mean_low;
@@ -73,22 +67,34 @@ struct StatisticsRows {
   T* variance;
 };
 
+// Addresses of rows are taken out of their struct: each store could change those that are in it,
+// and the loops would go element by element.
+
 template <class T>
 FASTREMEDY_CLONES void find_statistics(double count, const double* pilot, const double* sum,
                                        const double* sum_of_squares, double eps, int64_t n,
                                        StatisticsRows<T> out) {
+  T *const mean = out.mean, *const mean_low = out.mean_low;
+  T *const invstd = out.invstd, *const variance = out.variance;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    out.set(i, channel_statistics<T>(count, pilot[i], sum[i], sum_of_squares[i], eps));
+    const ChannelStatistics<T> s =
+        channel_statistics<T>(count, pilot[i], sum[i], sum_of_squares[i], eps);
+    mean[i] = s.mean;
+    mean_low[i] = s.mean_low;
+    invstd[i] = s.invstd;
+    variance[i] = s.variance;
   }
 }
 
 template <class T>
 FASTREMEDY_CLONES void find_normalizers(StatisticsRows<T> s, const T* weight, const T* bias,
                                         int64_t n, T* mean, T* scale, T* shift) {
+  const T *const s_mean = s.mean, *const s_mean_low = s.mean_low, *const s_invstd = s.invstd;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Normalizer<T> c = normalizer(s.get(i), weight[i], bias[i]);
+    const ChannelStatistics<T> of_channel{s_mean[i], s_mean_low[i], s_invstd[i], T(0)};
+    const Normalizer<T> c = normalizer(of_channel, weight[i], bias[i]);
     mean[i] = c.mean;
     scale[i] = c.scale;
     shift[i] = c.shift;
@@ -99,9 +105,11 @@ template <class T>
 FASTREMEDY_CLONES void find_input_grads(StatisticsRows<T> s, const T* weight, double count,
                                         const double* sum_g, const double* sum_gx, int64_t n,
                                         T* g_scale, T* x_scale, T* shift) {
+  const T *const s_mean = s.mean, *const s_mean_low = s.mean_low, *const s_invstd = s.invstd;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const InputGrad<T> d = input_grad(s.get(i), weight[i], count, sum_g[i], sum_gx[i]);
+    const ChannelStatistics<T> of_channel{s_mean[i], s_mean_low[i], s_invstd[i], T(0)};
+    const InputGrad<T> d = input_grad(of_channel, weight[i], count, sum_g[i], sum_gx[i]);
     g_scale[i] = d.g_scale;
     x_scale[i] = d.x_scale;
     shift[i] = d.shift;
