@@ -35,7 +35,6 @@ class Layout {
         rows_of_period_(shape.channels_last ? repeats(shape) : 1),
         tile_rows_(std::max<int64_t>(1, kBlockSize / (rows_of_period_ * row_size_)) *
                    rows_of_period_),
-        ahead_(is_cached(shape) ? 0 : kBlockSize),
         is_serial_(shape.count() * shape.channels <= kSerialElements) {}
 
   int64_t channels() const { return shape_.channels; }
@@ -114,6 +113,10 @@ class Layout {
   static constexpr int64_t kChunkElements = 16384;
   // One thread is done with as many before another, which waits in a loop, has seen them.
   static constexpr int64_t kSerialElements = 2 * kChunkElements;
+
+  // Where memory is read in its order. With the caches cold, (32, 512, 7, 7) with channels last
+  // takes 0.34 ms backward with that, 0.65 without; in the cache nobody notices.
+  static constexpr int64_t kAhead = kBlockSize;
 
   // Columns that are done together: of 4 of them, 2 threads have the same.
   static constexpr int64_t kPanel = 256;
@@ -195,7 +198,7 @@ class Layout {
 
   // From a row to what a thread reads after it: usually that of the next image.
   int64_t distance(int64_t image, int64_t next) const {
-    if (row_size_ > kChunkElements) return ahead_;
+    if (row_size_ > kChunkElements) return kAhead;
     return next < 0 || next >= shape_.batch ? 0 : (next - image) * shape_.channels * row_size_;
   }
 
@@ -208,7 +211,7 @@ class Layout {
       const int64_t c = range / num_parts, part = range % num_parts;
       const int64_t first = part % parts_of_row * kChunkElements;
       for_each_row_tile(part / parts_of_row, c, c + 1, first,
-                        std::min(first + kChunkElements, row_size_), ahead_, visit);
+                        std::min(first + kChunkElements, row_size_), kAhead, visit);
     };
     LineVector<double> partials(2 * shape_.channels * num_parts);
     pass.begin_rows(0, shape_.channels);
@@ -247,7 +250,7 @@ class Layout {
       const int64_t first = range % parts_of_row * kChunkElements;
       for_each_row_tile(range / parts_of_row / ranges_of_image, begin,
                         std::min(begin + range_size, shape_.channels), first,
-                        std::min(first + kChunkElements, row_size_), ahead_,
+                        std::min(first + kChunkElements, row_size_), kAhead,
                         [&](const Tile& tile) { pass.apply_to_rows(tile); });
       finish_streams();
     });
@@ -262,18 +265,19 @@ class Layout {
   template <class T, class Pass>
   void run_panels(Pass& pass, bool applies) const {
     constexpr int64_t kRowsOfSum = 64;  // in T; those in double
+    constexpr int64_t kRowsAhead = 4;   // down columns the hardware does not follow
     const int64_t num_panels = (shape_.channels + kPanel - 1) / kPanel;
     parallel_for(num_panels, false, is_serial_, [&](int64_t panel) {
       const int64_t begin = panel * kPanel, end = std::min(begin + kPanel, shape_.channels);
-      const auto tile_at = [&](int64_t row) {
-        return Tile{row * row_size_ + begin, end - begin, 1, row, begin, 0, 0};
+      const auto tile_at = [&](int64_t row, int64_t ahead) {
+        return Tile{row * row_size_ + begin, end - begin, 1, row, begin, 0, ahead};
       };
       pass.begin_columns(begin, end);
       double totals[2][kPanel] = {};
       for (int64_t first = 0; first < count(); first += kRowsOfSum) {
         alignas(64) T sums[2][kPanel] = {};
         for (int64_t row = first; row < std::min(first + kRowsOfSum, count()); ++row) {
-          pass.sum_columns(tile_at(row), sums[0], sums[1]);
+          pass.sum_columns(tile_at(row, kRowsAhead * row_size_), sums[0], sums[1]);
         }
         for (int64_t i = 0; i < kPanel; ++i) totals[0][i] += sums[0][i];
         for (int64_t i = 0; i < kPanel; ++i) totals[1][i] += sums[1][i];
@@ -281,7 +285,9 @@ class Layout {
       pass.finish(begin, end, totals[0], totals[1]);
       if (!applies) return;
       LineVector<int32_t> dead(pass.dead() ? end : 0);
-      for (int64_t row = count(); row-- > 0;) pass.apply_to_columns(tile_at(row), dead.data());
+      for (int64_t row = count(); row-- > 0;) {
+        pass.apply_to_columns(tile_at(row, -kRowsAhead * row_size_), dead.data());
+      }
       for (int64_t c = begin; c < static_cast<int64_t>(dead.size()); ++c) pass.dead()[c] += dead[c];
     });
   }
@@ -309,7 +315,7 @@ class Layout {
           for (int64_t column = left; column < std::min(left + panel, row_size_);
                column += kBlockSize) {
             const int64_t size = std::min(kBlockSize, row_size_ - column);
-            visit(Tile{row * row_size_ + column, size, num_rows, row, column, 0, ahead_});
+            visit(Tile{row * row_size_ + column, size, num_rows, row, column, 0, kAhead});
           }
         }
       }
@@ -353,7 +359,6 @@ class Layout {
 
   const BatchNormShape shape_;
   const int64_t row_size_, rows_of_period_, tile_rows_;
-  const int64_t ahead_;  // where memory is read in its order
   const bool is_serial_;
 };
 
