@@ -83,6 +83,51 @@ def test_evaluation_needs_running_statistics(backend: str, device: torch.device)
         assert str(error_of(batch_norm_relu, given)) == str(error_of(F.batch_norm, given))
 
 
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("input", "x", "a Tensor, got str"),
+        ("input", None, "a Tensor, got NoneType"),
+        ("residual", [1.0], "a Tensor or None, got list"),
+        ("weight", "x", "a Tensor or None, got str"),
+        ("bias", 1.0, "a Tensor or None, got float"),
+        ("running_mean", (), "a Tensor or None, got tuple"),
+        ("running_var", "x", "a Tensor or None, got str"),
+        ("num_batches_tracked", 1, "a Tensor or None, got int"),
+        ("training", "x", "a bool, got 'x'"),
+        ("momentum", [], "a number or None, got []"),
+        ("eps", "x", "a number, got 'x'"),
+        ("eps", None, "a number, got None"),
+        ("negative_slope", "x", "a number, got 'x'"),
+    ],
+)
+def test_wrong_types(
+    backend: str, device: torch.device, name: str, value: Any, expected: str, is_strided: bool
+) -> None:
+    given = {**arguments(device), "activation": "leaky_relu"}
+    if is_strided:
+        given["input"] = given["input"][..., ::2]
+    given[name] = value
+    with pytest.raises(TypeError) as info:
+        batch_norm_relu(**given)
+    assert str(info.value) == f"{name} must be {expected}"
+    for untouched in ("running_mean", "running_var"):
+        if name != untouched:
+            assert_same_bits(given[untouched], arguments(device)[untouched])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_counter_of_three(backend: str, device: torch.device, training: bool) -> None:
+    counter = torch.zeros(3, dtype=torch.int64, device=device)
+    given = {**arguments(device), "training": training, "num_batches_tracked": counter}
+    message = r"num_batches_tracked must have one element, got shape \[3\]"
+    with pytest.raises(RuntimeError, match=message):
+        batch_norm_relu(**given)
+    assert counter.tolist() == [0, 0, 0]
+    assert_same_bits(given["running_mean"], arguments(device)["running_mean"])
+
+
 @pytest.mark.parametrize("activation", ["gelu", "", "ReLU", None])
 def test_unknown_activation(activation: Any) -> None:
     match = "activation must be one of identity, relu, leaky_relu, elu, silu, got"

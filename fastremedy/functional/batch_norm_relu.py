@@ -19,6 +19,16 @@ from ..ops.batch_norm_relu_autograd import (
 from ..ops.dispatch import KERNEL_DTYPES, has_kernels, is_plain, is_traced
 from ..ops.layouts import like, with_kernel_layout
 
+_TENSORS = (  # of dispatch.ForwardTensors
+    "input",
+    "residual",
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+)
+
 
 class BatchNormStats(NamedTuple):
     """What the forward pass saw of every channel, each ``[C]``; over all ranks if synchronised.
@@ -82,8 +92,8 @@ def batch_norm_relu(
     Raises:
         ValueError: unknown activation; one value per channel in training; an ``eps`` that is not
             positive.
-        RuntimeError: shapes do not match.
-        TypeError: ``residual`` is no tensor.
+        RuntimeError: shapes do not match, or ``num_batches_tracked`` has not one element.
+        TypeError: an argument is of another type.
 
     Example:
         >>> import torch, fastremedy
@@ -148,9 +158,13 @@ def batch_norm_relu_with_stats(
     options = dispatch.Options(
         training, momentum, eps, activation, negative_slope, False, wants_stats
     )
-    backend = None if group is not None else dispatch.usual_backend(tensors, training, eps)
-    if backend is not None:
-        return _run_kernels(apply_eagerly, tensors, options, None, backend)
+    try:
+        backend = None if group is not None else dispatch.usual_backend(tensors, training, eps)
+        if backend is not None:
+            return _run_kernels(apply_eagerly, tensors, options, None, backend)
+    except TypeError:  # of a native function, which knows no names
+        _check_types(tensors, options)
+        raise
     return _prepare_and_run(tensors, options, group)
 
 
@@ -161,8 +175,15 @@ def _prepare_and_run(
     input, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
     vectors = (weight, bias, running_mean, running_var)
     training, momentum, eps, activation, negative_slope, _, wants_stats = options
+    if not torch.compiler.is_compiling():
+        _check_types(tensors, options)
     if residual is not None:
         _check_residual(residual, input)
+    if num_batches_tracked is not None and num_batches_tracked.numel() != 1:
+        raise RuntimeError(
+            "num_batches_tracked must have one element, got shape "
+            f"{list(num_batches_tracked.shape)}"
+        )
     backend: str | None
     if not _kernels_take(input, vectors, num_batches_tracked):
         backend = "torch"
@@ -268,10 +289,23 @@ def _measure(input: Tensor, output: Tensor) -> RawStats:
         return RawStats(saved.float(), dead, output.numel() // output.shape[1])
 
 
+def _check_types(tensors: dispatch.ForwardTensors, options: dispatch.Options) -> None:
+    """Fail with the name of an argument that has a type that it cannot have."""
+    for name, tensor in zip(_TENSORS, tensors, strict=True):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "input"):
+            expected = "a Tensor" if name == "input" else "a Tensor or None"
+            raise TypeError(f"{name} must be {expected}, got {type(tensor).__name__}") from None
+    if not hasattr(options.training, "__bool__"):
+        raise TypeError(f"training must be a bool, got {options.training!r}") from None
+    for name in ("momentum", "eps", "negative_slope"):
+        value = getattr(options, name)
+        if not hasattr(value, "__float__") and (value is not None or name != "momentum"):
+            expected = "a number or None" if name == "momentum" else "a number"
+            raise TypeError(f"{name} must be {expected}, got {value!r}") from None
+
+
 def _check_residual(residual: Tensor, input: Tensor) -> None:
     """Fail before anything is changed."""
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a Tensor, got {type(residual).__name__}")
     sizes = zip(reversed(residual.shape), reversed(input.shape), strict=False)
     if residual.shape != input.shape and any(a not in (b, 1) and b != 1 for a, b in sizes):
         raise RuntimeError(
