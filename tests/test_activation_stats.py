@@ -298,6 +298,7 @@ def test_values_are_only_read(backend: str, device: torch.device) -> None:
 
 
 ONES = torch.ones(2, 3)
+nested = torch.nested.as_nested_tensor
 REFUSED = (TypeError, ValueError)
 # The call, the exception, and what its message has to say.
 REFUSALS: list[tuple[Callable[[Statistics], Any], Any, str]] = [
@@ -310,6 +311,9 @@ REFUSALS: list[tuple[Callable[[Statistics], Any], Any, str]] = [
     (lambda s: s.update([ONES, ONES], [0]), ValueError, "row must have one value for each of 2"),
     (lambda s: s.update([ONES, ONES], 0), ValueError, "row must have one value for each of 2"),
     (lambda s: s.update([ONES, ONES * 1j], [0, 1]), TypeError, "must be real, got torch.complex64"),
+    (lambda s: s.update(ONES.to_mkldnn()), TypeError, "must be strided, got torch._mkldnn"),
+    (lambda s: s.update([ONES, ONES.to_sparse()], [0, 1]), TypeError, "got torch.sparse_coo"),
+    (lambda s: s.update(nested([ONES], layout=torch.jagged)), TypeError, "got a nested tensor"),
     (lambda s: s.update([ONES, 1.0], [0, 1]), TypeError, "tensor must be a Tensor, got float"),
     (lambda s: s.update(1.0), TypeError, "tensor must be a Tensor, got float"),
     (lambda s: s.update(None), TypeError, "tensor must be a Tensor, got NoneType"),

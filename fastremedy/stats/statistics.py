@@ -117,7 +117,7 @@ class Statistics:
 
         Raises:
             ValueError: rows do not exist or overlap; a tensor is on another device.
-            TypeError: a tensor is complex or not a tensor.
+            TypeError: a tensor is complex, not strided or not a tensor.
         """
         tensors: list[Tensor] = _as_list("tensor", tensor, lambda t: isinstance(t, Tensor))
         rows: list[int] = _as_list("row", row, lambda r: hasattr(r, "__index__"))
@@ -139,6 +139,9 @@ class Statistics:
         for tensor, row in sorted(zip(tensors, rows, strict=True), key=lambda pair: pair[1]):
             if tensor.is_complex():
                 raise TypeError(f"tensor must be real, got {tensor.dtype}")
+            if tensor.layout != torch.strided or tensor.is_nested:
+                layout = "a nested tensor" if tensor.is_nested else tensor.layout
+                raise TypeError(f"tensor must be strided, got {layout}")
             if tensor.device != self.moments.device:
                 raise ValueError(f"tensor must be on {self.moments.device}, got {tensor.device}")
             if per_channel and tensor.dim() == 0:
