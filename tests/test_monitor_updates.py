@@ -106,6 +106,28 @@ def test_norms_before_clipping_win(backend: str, device: torch.device, wants: bo
         check_updates(monitor, 0, expected)
 
 
+@pytest.mark.parametrize("full_every", [1, 2])
+@pytest.mark.parametrize("frees", [True, False])
+def test_gradients_and_weights_around_a_step(frees: bool, full_every: int) -> None:
+    """Gradients may be gone after a step, and weights are those before it."""
+    model = make_model()
+    optimizer = fastremedy.optim.AdamW(model.parameters(), lr=0.01)
+    if frees:
+        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+    grads, weights = [], []
+    with Monitor(model, full_every=full_every) as monitor:
+        for step in range(2):
+            backward(model, step)
+            grads.append(grads_of(model))
+            is_full = step % full_every == 0
+            weights.append({n: [w] * is_full for n, w in copies(model).items()})
+            optimizer.step()
+            monitor.step()
+    report = monitor.report()
+    check_part(report.parts["gradients"], grads)
+    check_part(report.parts["weights"], weights)
+
+
 def test_clipping_of_some_and_of_strangers() -> None:
     model, stranger = make_model(), nn.Linear(3, 3)
     with Monitor(model, full_every=1) as monitor:

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <optional>
@@ -152,6 +153,19 @@ class StatsRows {
     return true;
   }
 
+  // Moves the first rows to tensors of that many.
+  void take(py::handle moments, py::handle counts) {
+    auto* const taken_moments = static_cast<Moments*>(data_or_null(moments, "moments"));
+    auto* const taken_counts = static_cast<int64_t*>(data_or_null(counts, "counts"));
+    const int64_t num_rows = require_tensor(moments, "moments").shape[0];
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto* const rows = reinterpret_cast<Moments*>(args_.moments);
+    std::copy_n(rows, num_rows, taken_moments);
+    std::fill_n(rows, num_rows, Moments());
+    std::copy_n(args_.counts, num_rows * kNumCounts, taken_counts);
+    std::fill_n(args_.counts, num_rows * kNumCounts, 0);
+  }
+
  private:
   // Subclasses may have no memory of their own.
   static bool read_on_cpu(PyObject* tensor, int32_t row, StatsTensor* out) {
@@ -216,7 +230,8 @@ void bind_activation_stats(py::module_& module) {
                     const py::object&>())
       .def("add_output", &StatsRows::add_output)
       .def("add", &StatsRows::add)
-      .def("add_grads", &StatsRows::add_grads);
+      .def("add_grads", &StatsRows::add_grads)
+      .def("take", &StatsRows::take);
 #endif
 }
 

@@ -19,7 +19,7 @@ from ..optim import Adam
 from . import jsonlines, plot, table, tensorboard
 from .courier import Courier
 from .history import History, Rows
-from .hooks import Hooks, graph_task, is_watched
+from .hooks import Hooks, is_watched, leaves_grads
 from .recorder import Recorder
 from .report import COLUMNS, Report
 from .selection import Pattern, as_patterns, layers_of, parameters_of, tensors_in
@@ -143,6 +143,7 @@ class Monitor:
         self._rows = rows = Rows(layers, params, gradients, weights)
         rows_of_params = {id(param.tensor): row for row, param in enumerate(params)}
         self._params = [param.tensor for param in params]
+        self._places = list(range(rows.first_gradient, rows.first_gradient + len(params)))
         self._recorder = Recorder(model, max(1, rows.count), rows_of_params, per_channel)
         self._courier = Courier()
         self._history = History(rows, history)
@@ -267,7 +268,7 @@ class Monitor:
                 self._recorder.add_units(row, tensor.movedim(self._rows.layers[row].unit_dim, 1))
 
     def _see_fused(self, row: int, raw: RawStats) -> None:
-        if self._model.training and graph_task() == -1:  # is_watched, without its call
+        if is_watched(self._model):
             self._recorder.add_fused(row, raw)
         else:
             self._hooks.pass_over(row, raw)
@@ -286,7 +287,7 @@ class Monitor:
         if not params:
             return
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if closure is None and (self._is_full or not leaves_grads(optimizer)):  # weights change
             self._read_params(params, getattr(optimizer, "grad_scale", None))
         if isinstance(optimizer, Adam) and "updates" in self._parts:
             _collecting.setdefault(optimizer, optimizer.collect_stats)
@@ -327,15 +328,15 @@ class Monitor:
         """Read those parameters and their gradients that this step has not read yet."""
         if not self._unread:
             return
+        places = self._places
         if params is self._params and len(self._unread) == len(self._params):
             unread, rows, self._unread = self._params, list(self._unread.values()), {}
         else:
             pairs = [(p, self._unread.pop(id(p))) for p in params if id(p) in self._unread]
             unread, rows = [param for param, _ in pairs], [row for _, row in pairs]
+            places = [places[row] for row in rows]
         found: list[tuple[Tensor, int]] = []
         if self._rows.gradients:
-            first = self._rows.first_gradient
-            places = [first + row for row in rows]
             if grad_scale is not None or not self._recorder.add_grads(unread, places):
                 found = [
                     (param.grad, place)

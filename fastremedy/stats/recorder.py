@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..functional.batch_norm_relu import RawStats
 from ..ops import activation_stats_dispatch as dispatch
-from ..ops.activation_stats import NUM_BUCKETS, empty_moments
+from ..ops.activation_stats import COUNTS, MOMENTS, NUM_BUCKETS, empty_moments
 from ..ops.table import Rows
 from ..optim.update_stats import RawUpdateStats
 from .courier import Parcel
@@ -79,6 +79,14 @@ class _Buffer:
 
     def take(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Return moments and counts of the first rows, which are empty then."""
+        if self.rows_on_cpu is not None:
+            moments, counts = self.statistics.moments, self.statistics.counts
+            taken = (
+                moments.new_empty(num_rows, len(MOMENTS)),
+                counts.new_empty(num_rows, len(COUNTS)),
+            )
+            self.rows_on_cpu.take(*taken)
+            return taken
         if num_rows not in self._views:
             tensors = (self.statistics.moments, self.statistics.counts, self._nothing)
             moments, counts, nothing = (tensor[:num_rows] for tensor in tensors)
