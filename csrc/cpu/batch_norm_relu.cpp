@@ -8,12 +8,46 @@
 namespace fastremedy::cpu {
 namespace {
 
-template <class Value>
-FASTREMEDY_CLONES void count_zeros_in_rows(const Value* __restrict values, int64_t row_size,
+// normalize_rows with ReLU, and the number of zeros of each row. To read the results again would
+// wait for their lines of memory: 64 K of them take 16 us then, and 12 this way.
+template <bool kAdds, class T>
+FASTREMEDY_CLONES void normalize_and_count_rows(Source<T> input, Source<T> residual,
+                                                T* __restrict y, int64_t row_size, int64_t num_rows,
+                                                Normalizers<T> channels,
+                                                ActivationOptions<T> options,
+                                                int32_t* __restrict zeros) {
+  const T threshold = options.threshold, negative_slope = options.negative_slope;
+  for (int64_t r = 0; r < num_rows; ++r, y += row_size) {
+    const T* __restrict x = input.values, * __restrict added = residual.values;
+    const Normalizer<T> c = channels[r];
+    const auto is_zero = [&](int64_t i) __attribute__((always_inline)) {
+      const T z = normalize(x[i], c.mean, c.scale, c.shift);
+      y[i] = activate<Activation::kReLU>(kAdds ? z + added[i] : z, threshold, negative_slope);
+      return y[i] == T(0) ? T(1) : T(0);
+    };
+    Lanes<T> sum;
+    int64_t i = 0;
+    for (; i + kNumLanes<T> <= row_size; i += kNumLanes<T>) {
+      input.ask(i);
+      if (kAdds) residual.ask(i);
+      T zero[kNumLanes<T>];
+#pragma omp simd
+      for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) zero[lane] = is_zero(i + lane);
+      sum.add(Lanes<T>::load(zero));
+    }
+    T rest = 0;
+    for (; i < row_size; ++i) rest += is_zero(i);
+    zeros[r] = static_cast<int32_t>(sum_of(sum) + rest);
+    input.advance(row_size);
+    if (kAdds) residual.advance(row_size);
+  }
+}
+
+FASTREMEDY_CLONES void count_flags_in_rows(const uint8_t* __restrict flags, int64_t row_size,
                                            int64_t num_rows, int32_t* __restrict zeros) {
-  for (int64_t r = 0; r < num_rows; ++r, values += row_size) {
+  for (int64_t r = 0; r < num_rows; ++r, flags += row_size) {
     int32_t count = 0;
-    for (int64_t i = 0; i < row_size; ++i) count += values[i] == Value(0);
+    for (int64_t i = 0; i < row_size; ++i) count += flags[i] == 0;
     zeros[r] = count;
   }
 }
@@ -35,14 +69,15 @@ class Forward : Pass<T> {
       : Pass<T>(args, 2 + (args.residual != nullptr), 4),
         args_(args),
         pilot_(this->row(3)),
-        tells_from_output_(kActivation == Activation::kReLU || (!args.mask && !args.dead)) {}
+        tells_from_output_(kActivation == Activation::kReLU || (!args.mask && !args.dead)),
+        reduces_(args.training && args.phase != BatchNormPhase::kFinish),
+        shares_channels_(layout_.shares_channels(reduces_)) {}
 
   void run() {
-    const bool reduces = args_.training && args_.phase != BatchNormPhase::kFinish;
     const bool applies = args_.phase != BatchNormPhase::kReduce;
     if (applies && args_.training && args_.num_batches_tracked) *args_.num_batches_tracked += 1;
     if (!applies) args_.sums[2 * layout_.channels()] = static_cast<double>(layout_.count());
-    layout_.template run<T>(*this, reduces, applies);
+    layout_.template run<T>(*this, reduces_, applies);
   }
 
   // The pilots of channels [begin, end).
@@ -94,36 +129,39 @@ class Forward : Pass<T> {
   void repeat() { this->repeat_normalizers(); }
 
   void apply_to_rows(const Tile& tile) const {
-    const auto count_dead = [&](const auto* values) {
-      int32_t dead[kBlockSize];
-      count_zeros_in_rows(values, tile.row_size, tile.num_rows, dead);
-      int64_t* const total = args_.dead + tile.channel;
-      for (int64_t r = 0; r < tile.num_rows; ++r) {
-        if (layout_.is_serial()) {
-          total[r] += dead[r];
-        } else {
-          __atomic_fetch_add(total + r, dead[r], __ATOMIC_RELAXED);
-        }
-      }
+    int32_t zeros[kBlockSize];
+    const auto normalize = [&](auto activation, auto adds, const Source<T>& x,
+                               const Source<T>& residual, T* y) {
+      normalize_rows<activation.value, adds.value>(x, residual, y, tile.row_size, tile.num_rows,
+                                                   this->normalizers(tile.channel), options_);
     };
-    apply(tile, count_dead,
-          [&](auto activation, auto adds, const Source<T>& x, const Source<T>& residual, T* y) {
-            normalize_rows<activation.value, adds.value>(x, residual, y, tile.row_size,
-                                                         tile.num_rows,
-                                                         this->normalizers(tile.channel), options_);
-          });
+    const auto normalize_and_count = [&](auto adds, const Source<T>& x, const Source<T>& residual,
+                                         T* y) {
+      normalize_and_count_rows<adds.value>(x, residual, y, tile.row_size, tile.num_rows,
+                                           this->normalizers(tile.channel), options_, zeros);
+    };
+    apply(tile, normalize, normalize_and_count, [&](const uint8_t* flags) {
+      count_flags_in_rows(flags, tile.row_size, tile.num_rows, zeros);
+    });
+    if (args_.dead) add_dead(tile, zeros);
   }
 
   void apply_to_columns(const Tile& tile, int32_t* dead) const {
-    const auto count_dead = [&](const auto* values) {
+    const auto normalize = [&](auto activation, auto adds, const Source<T>& x,
+                               const Source<T>& residual, T* y) {
+      normalize_columns<activation.value, adds.value>(x, residual, y, tile.size(),
+                                                      layout_.width(tile),
+                                                      this->normalizers(tile.column), options_);
+    };
+    const auto count = [&](const auto* values) {
       count_zeros_in_columns(values, tile.size(), layout_.width(tile), dead + tile.column);
     };
-    apply(tile, count_dead,
-          [&](auto activation, auto adds, const Source<T>& x, const Source<T>& residual, T* y) {
-            normalize_columns<activation.value, adds.value>(
-                x, residual, y, tile.size(), layout_.width(tile), this->normalizers(tile.column),
-                options_);
-          });
+    const auto normalize_and_count = [&](auto adds, const Source<T>& x, const Source<T>& residual,
+                                         T* y) {
+      normalize(std::integral_constant<Activation, Activation::kReLU>(), adds, x, residual, y);
+      count(y);
+    };
+    apply(tile, normalize, normalize_and_count, count);
   }
 
   int64_t* dead() const { return args_.dead; }
@@ -184,33 +222,53 @@ class Forward : Pass<T> {
     store_channels(values, begin, n, running);
   }
 
-  // normalize(activation, adds, x, residual, y) is that of rows or columns. count_dead(values)
-  // counts zeros: those of ReLU's outputs, or else flags of what is positive.
-  template <class CountDead, class Normalize>
-  void apply(const Tile& tile, const CountDead& count_dead, const Normalize& normalize) const {
+  void add_dead(const Tile& tile, const int32_t* zeros) const {
+    int64_t* const total = args_.dead + tile.channel;
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+      if (!shares_channels_) {
+        total[r] += zeros[r];
+      } else {
+        __atomic_fetch_add(total + r, zeros[r], __ATOMIC_RELAXED);
+      }
+    }
+  }
+
+  // These are of rows or of columns: normalize(activation, adds, x, residual, y);
+  // normalize_and_count(adds, x, residual, y), which counts zeros of ReLU's outputs; count(flags),
+  // those of flags of what is positive.
+  template <class Normalize, class NormalizeAndCount, class Count>
+  void apply(const Tile& tile, const Normalize& normalize,
+             const NormalizeAndCount& normalize_and_count, const Count& count) const {
     const int64_t n = tile.size();
     auto input = reader(args_.input), residual = reader(args_.residual);
     auto output = writer(args_.output);
     const Source<T> x = input.load(tile);
-    const auto normalize_to = [&](T* to, auto activation) {
+    const auto with_residual = [&](const auto& use) {
       if (args_.residual) {
-        normalize(activation, std::true_type(), x, residual.load(tile), to);
+        use(std::true_type(), residual.load(tile));
       } else {
-        normalize(activation, std::false_type(), x, Source<T>{}, to);
+        use(std::false_type(), Source<T>{});
       }
     };
     T* const y = output.place(tile.begin);
     uint8_t flags[kBlockSize];
     if (tells_from_output_) {
-      normalize_to(y, std::integral_constant<Activation, kActivation>());
-      if (args_.dead) count_dead(y);
+      with_residual([&](auto adds, const Source<T>& added) {
+        if (args_.dead) {
+          normalize_and_count(adds, x, added, y);
+        } else {
+          normalize(std::integral_constant<Activation, kActivation>(), adds, x, added, y);
+        }
+      });
       if (args_.mask) find_kept<kActivation>(y, flags, n, T(0));
     } else {
       alignas(64) T z[kBlockSize];
-      normalize_to(z, std::integral_constant<Activation, Activation::kIdentity>());
+      with_residual([&](auto adds, const Source<T>& added) {
+        normalize(std::integral_constant<Activation, Activation::kIdentity>(), adds, x, added, z);
+      });
       if (args_.dead) {
         find_positive(z, flags, n, options_.threshold);
-        count_dead(static_cast<const uint8_t*>(flags));
+        count(static_cast<const uint8_t*>(flags));
       }
       if (args_.mask) find_kept<kActivation>(z, flags, n, options_.threshold);
       activate_all<kActivation>(z, y, n, options_);
@@ -222,6 +280,8 @@ class Forward : Pass<T> {
   const BatchNormForwardArgs& args_;
   T* const pilot_;
   const bool tells_from_output_;  // what else is asked for
+  const bool reduces_;
+  const bool shares_channels_;  // atomics wait for all results that are on their way to memory
 };
 
 }  // namespace
