@@ -82,3 +82,23 @@ def test_channels_last(shape: tuple[int, ...], dtype: torch.dtype, num_threads: 
         if leaf.dim() == 4:
             difference = difference.masked_fill(unsure, 0)
         assert difference.norm() <= 2 * eps * reference.grad.norm()
+
+
+# Threads share the channels of the first, and have the second's for themselves.
+@pytest.mark.parametrize("shape", [(64, 2, 64, 64), (64, 16, 32, 32)], ids=str)
+def test_dead_outputs_are_all_counted(shape: tuple[int, ...]) -> None:
+    if fastremedy.backends.available()["cpu"] is not None:
+        pytest.skip(str(fastremedy.backends.available()["cpu"]))
+    module = fastremedy.nn.BatchNormReLU2d(shape[1])
+    module.collect_stats = True
+    x = torch.randn(shape)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with fastremedy.backends.use("cpu"):
+            for _ in range(10):  # without atomics one in a hundred is right by luck
+                share = (module(x) == 0).double().mean((0, 2, 3))
+                assert module.last_stats is not None
+                torch.testing.assert_close(module.last_stats.dead.double(), share)
+    finally:
+        torch.set_num_threads(threads)
