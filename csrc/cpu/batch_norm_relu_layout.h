@@ -100,9 +100,7 @@ class Layout {
   // are of type double for tiles of rows; for tiles of columns T, added up in double.
   template <class T, class Pass>
   void run(Pass& pass, bool reduces, bool applies) const {
-    if (shape_.channels_last && reduces && has_few_rows()) {
-      run_panels<T>(pass, applies);
-    } else if (shape_.channels_last) {
+    if (shape_.channels_last) {
       run_columns<T>(pass, reduces, applies);
     } else if (!reduces) {
       run_images(pass, applies);
@@ -125,9 +123,6 @@ class Layout {
   bool keeps_channels_whole() const {
     return shape_.channels >= 4 * num_threads() || count() <= kChunkElements;
   }
-
-  // Columns that are done together: of 4 of them, 2 threads have the same.
-  static constexpr int64_t kPanel = 256;
 
   // From beyond the caches memory comes fast in its own order only: there is no way down columns.
   static bool is_cached(const BatchNormShape& shape) { return shape.bytes() <= int64_t{4} << 20; }
@@ -261,42 +256,6 @@ class Layout {
                         std::min(first + kChunkElements, row_size_), kAhead,
                         [&](const Tile& tile) { pass.apply_to_rows(tile); });
       finish_streams();
-    });
-  }
-
-  // Few and long rows: each thread can have a part of all of them.
-  bool has_few_rows() const {
-    return is_cached(shape_) && !is_serial_ && shape_.channels >= 4 * kPanel && count() <= 256;
-  }
-
-  // A thread that takes columns from top to bottom needs nothing of the others.
-  template <class T, class Pass>
-  void run_panels(Pass& pass, bool applies) const {
-    constexpr int64_t kRowsOfSum = 64;  // in T; those in double
-    constexpr int64_t kRowsAhead = 4;   // down columns the hardware does not follow
-    const int64_t num_panels = (shape_.channels + kPanel - 1) / kPanel;
-    parallel_for(num_panels, false, is_serial_, [&](int64_t panel) {
-      const int64_t begin = panel * kPanel, end = std::min(begin + kPanel, shape_.channels);
-      const auto tile_at = [&](int64_t row, int64_t ahead) {
-        return Tile{row * row_size_ + begin, end - begin, 1, row, begin, 0, ahead};
-      };
-      pass.begin_columns(begin, end);
-      double totals[2][kPanel] = {};
-      for (int64_t first = 0; first < count(); first += kRowsOfSum) {
-        alignas(64) T sums[2][kPanel] = {};
-        for (int64_t row = first; row < std::min(first + kRowsOfSum, count()); ++row) {
-          pass.sum_columns(tile_at(row, kRowsAhead * row_size_), sums[0], sums[1]);
-        }
-        for (int64_t i = 0; i < kPanel; ++i) totals[0][i] += sums[0][i];
-        for (int64_t i = 0; i < kPanel; ++i) totals[1][i] += sums[1][i];
-      }
-      pass.finish(begin, end, totals[0], totals[1]);
-      if (!applies) return;
-      LineVector<int32_t> dead(pass.dead() ? end : 0);
-      for (int64_t row = count(); row-- > 0;) {
-        pass.apply_to_columns(tile_at(row, -kRowsAhead * row_size_), dead.data());
-      }
-      for (int64_t c = begin; c < static_cast<int64_t>(dead.size()); ++c) pass.dead()[c] += dead[c];
     });
   }
 

@@ -8,34 +8,55 @@ namespace fastremedy::cpu {
 
 int num_threads();
 
-// Runs body(context) on every thread of the pool, the calling one included.
-void run_on_all_threads(void (*body)(void* context), void* context);
+// Runs body(context, thread) on every thread of the pool. They are numbered from 0; the calling one
+// is among them.
+void run_on_all_threads(void (*body)(void* context, int thread), void* context);
 
 // Up to here one thread does it all: that takes less than 0.1 ms, and waking the others can take
 // longer (15 ms were seen on a virtual machine whose threads had gone to sleep).
 inline constexpr int64_t kSerialRanges = 8;
 
-// Calls visit(range) for all ranges [0, num_ranges). Threads take the next range as they get free,
-// so a slow core or an uneven range delays nobody.
+// Neighbouring ranges that one thread begins with, on a cache line of their own. torch's operators
+// share out their work like this, so a thread finds in its cache what it has written before.
+struct alignas(64) ThreadShare {
+  int64_t begin, size;
+  std::atomic<int64_t> num_taken;
+};
+inline constexpr int kMostShares = 64;
+
+// Calls visit(range) for all ranges [0, num_ranges). Threads that are done with their share help
+// the others with theirs, so a slow core or an uneven range delays nobody.
 template <class Visit>
 void parallel_for(int64_t num_ranges, bool backwards, bool is_serial, const Visit& visit) {
-  struct Shared {
-    int64_t num_ranges;
+  if (is_serial || num_ranges == 1 || num_threads() == 1) {
+    for (int64_t i = 0; i < num_ranges; ++i) visit(backwards ? num_ranges - 1 - i : i);
+    return;
+  }
+  struct Work {
+    ThreadShare shares[kMostShares];
+    int num_shares;
     bool backwards;
     const Visit* visit;
-    std::atomic<int64_t> next;
-  } shared{num_ranges, backwards, &visit, {0}};
-  const auto body = [](void* context) {
-    auto& s = *static_cast<Shared*>(context);
-    for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.num_ranges;) {
-      (*s.visit)(s.backwards ? s.num_ranges - 1 - i : i);
+  } work;
+  work.num_shares = num_threads() < kMostShares ? num_threads() : kMostShares;
+  work.backwards = backwards;
+  work.visit = &visit;
+  for (int s = 0; s < work.num_shares; ++s) {
+    ThreadShare& share = work.shares[s];
+    share.begin = num_ranges * s / work.num_shares;
+    share.size = num_ranges * (s + 1) / work.num_shares - share.begin;
+    share.num_taken.store(0, std::memory_order_relaxed);
+  }
+  const auto body = [](void* context, int thread) {
+    auto& w = *static_cast<Work*>(context);
+    for (int s = 0; s < w.num_shares; ++s) {
+      ThreadShare& share = w.shares[(thread + s) % w.num_shares];
+      for (int64_t i; (i = share.num_taken.fetch_add(1, std::memory_order_relaxed)) < share.size;) {
+        (*w.visit)(share.begin + (w.backwards ? share.size - 1 - i : i));
+      }
     }
   };
-  if (is_serial || num_ranges == 1 || num_threads() == 1) {
-    body(&shared);
-  } else {
-    run_on_all_threads(body, &shared);
-  }
+  run_on_all_threads(body, &work);
 }
 
 // Calls visit(begin, end) with the first and the last item of every range.

@@ -11,9 +11,9 @@ namespace fastremedy::cpu {
 
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-void run_on_all_threads(void (*body)(void* context), void* context) {
+void run_on_all_threads(void (*body)(void* context, int thread), void* context) {
   torch::stable::parallel_for(0, num_threads(), 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) body(context);
+    for (; begin < end; ++begin) body(context, static_cast<int>(begin));
   });
 }
 
