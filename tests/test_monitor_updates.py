@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastremedy
 from fastremedy.stats import Monitor
@@ -106,16 +108,30 @@ def test_norms_before_clipping_win(backend: str, device: torch.device, wants: bo
         check_updates(monitor, 0, expected)
 
 
+class FreeingAdamW(fastremedy.optim.AdamW):
+    """Leaves no gradients."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        result = super().step(closure)
+        self.zero_grad()
+        return result
+
+
 @pytest.mark.parametrize("full_every", [1, 2])
-@pytest.mark.parametrize("frees", [True, False])
-def test_gradients_and_weights_around_a_step(frees: bool, full_every: int) -> None:
+@pytest.mark.parametrize("freed_by", [None, "a hook", "a hook of all", "the class"])
+def test_gradients_and_weights_around_a_step(freed_by: str | None, full_every: int) -> None:
     """Gradients may be gone after a step, and weights are those before it."""
     model = make_model()
-    optimizer = fastremedy.optim.AdamW(model.parameters(), lr=0.01)
-    if frees:
-        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+    kind = FreeingAdamW if freed_by == "the class" else fastremedy.optim.AdamW
+    optimizer = kind(model.parameters(), lr=0.01)
     grads, weights = [], []
-    with Monitor(model, full_every=full_every) as monitor:
+    with contextlib.ExitStack() as stack:
+        if freed_by == "a hook":
+            optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+        elif freed_by == "a hook of all":
+            handle = register_optimizer_step_post_hook(lambda o, *_: o.zero_grad())
+            stack.callback(handle.remove)
+        monitor = stack.enter_context(Monitor(model, full_every=full_every))
         for step in range(2):
             backward(model, step)
             grads.append(grads_of(model))

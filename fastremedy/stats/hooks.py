@@ -11,6 +11,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..functional.batch_norm_relu import RawStats
 from ..nn.batch_norm_relu import _BatchNormReLU
-from ..optim import Adam
+from ..optim import Adam, AdamW
 from .recorder import Recorder
 from .selection import Layer, uncalled
 
@@ -240,10 +241,12 @@ def is_watched(output_of: nn.Module) -> bool:
 def leaves_grads(optimizer: Optimizer) -> bool:
     """Whether gradients are the same after an optimizer's step, and near.
 
-    To read them then takes half as long. Hooks of the optimizer's own come before a monitor's.
+    To read them then takes half as long. Subclasses and hooks of others, which may come before a
+    monitor's, can free them.
     """
     return (
-        isinstance(optimizer, Adam)
+        type(optimizer) in (Adam, AdamW)
         and getattr(optimizer, "grad_scale", None) is None
         and not optimizer._optimizer_step_post_hooks
+        and len(_global_optimizer_post_hooks) == 1
     )
