@@ -52,8 +52,8 @@ CSRC = ROOT / "csrc"
 def patch_language_once() -> None:
     """Keep Triton's interpreter from patching its language again in every call of a helper.
 
-    A launch has done that and undoes it at its end; doing it again is a quarter of the time of
-    the tests of Triton kernels.
+    A launch has done that and undoes it at its end; doing it again is a third of the time of the
+    tests of Triton kernels.
     """
     patch = interpreter._patch_lang
     scope: Any = None

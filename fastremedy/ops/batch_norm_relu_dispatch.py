@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _native, backends
 from . import batch_norm_relu as definition
 from .batch_norm_relu import ACTIVATIONS, BOTH, FINISH, REDUCE
-from .dispatch import is_traced, triton_kernels, workspace
+from .dispatch import is_traced, is_transformed, triton_kernels, workspace
 from .layouts import is_channels_last, like
 from .memory import empty_like
 
@@ -80,13 +79,7 @@ def usual_backend(tensors: ForwardTensors, training: bool, eps: float) -> str | 
     ``is_plain`` only what it does not see is asked here.
     """
     input = tensors[0]
-    if (
-        is_traced(input)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.overrides.has_torch_function_variadic(*tensors)
-        or torch._C._get_tracing_state() is not None
-    ):
+    if is_traced(input) or is_transformed(*tensors):
         return None
     backend = backends.active(STEM, input.device)
     if backend not in ("cpu", "cuda"):

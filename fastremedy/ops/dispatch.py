@@ -26,11 +26,18 @@ _workspaces: dict[tuple[torch.device, int, str], Tensor] = {}
 def is_plain(input: Tensor, others: Sequence[Tensor | None] = ()) -> bool:
     """Whether nothing but memory is behind the tensors, and nobody transforms the call."""
     return not (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.overrides.has_torch_function_variadic(input, *others)
+        is_transformed(input, *others)
         or input.layout != torch.strided
         or is_traceable_wrapper_subclass(input)
+    )
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether somebody wants to see the call instead: functorch, forward mode, a subclass, jit."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.overrides.has_torch_function_variadic(*tensors)
         or torch._C._get_tracing_state() is not None
     )
 
