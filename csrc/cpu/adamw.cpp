@@ -51,20 +51,84 @@ class KnownCoefficients {
   AdamWCoefficients<T> coefficients_{};
 };
 
-// Whether a chunk can be updated where it is: nothing to convert, nothing to measure.
-template <class T>
-bool is_plain(const AdamWArgs& args, const AdamWTensor& tensor, const GradTensor& grad) {
-  constexpr DType dtype = sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
-  return tensor.param_dtype == dtype && grad.dtype == dtype && tensor.state_dtype == dtype &&
-         tensor.max_exp_avg_sq == nullptr && args.update_stats == nullptr;
+// Two neighbours of type bfloat16: a register of pairs splits into two of floats, and back, without
+// an element changing its place.
+struct Pair {
+  float low, high;
+
+  static inline __attribute__((always_inline)) Pair load(const uint16_t* stored) {
+    uint32_t bits;
+    std::memcpy(&bits, stored, sizeof(bits));
+    return {bit_cast<float>(bits << 16), bit_cast<float>(bits & 0xffff0000u)};
+  }
+  inline __attribute__((always_inline)) void store(uint16_t* stored) const {
+    const uint32_t bits =
+        round_to_upper_half(low) >> 16 | (round_to_upper_half(high) & 0xffff0000u);
+    std::memcpy(stored, &bits, sizeof(bits));
+  }
+};
+
+// As update_block, where everything is bfloat16.
+FASTREMEDY_CLONES void update_pairs(const AdamWCoefficients<float>& coefficients,
+                                    const uint16_t* __restrict grad, uint16_t* __restrict param,
+                                    uint16_t* __restrict exp_avg, uint16_t* __restrict exp_avg_sq,
+                                    int64_t n) {
+  const AdamWCoefficients<float> c = coefficients;
+  float unused = 0;
+  for (int64_t i = 0; i + 2 <= n; i += 2) {
+    const Pair g = Pair::load(grad + i);
+    Pair p = Pair::load(param + i), m = Pair::load(exp_avg + i), v = Pair::load(exp_avg_sq + i);
+    fastremedy::adamw_update<false>(c, g.low, p.low, m.low, v.low, unused);
+    fastremedy::adamw_update<false>(c, g.high, p.high, m.high, v.high, unused);
+    p.store(param + i);
+    m.store(exp_avg + i);
+    v.store(exp_avg_sq + i);
+  }
+  if (n % 2 == 0) return;
+  const int64_t last = n - 1;
+  float p = bfloat16_to_float(param[last]), m = bfloat16_to_float(exp_avg[last]);
+  float v = bfloat16_to_float(exp_avg_sq[last]);
+  fastremedy::adamw_update<false>(c, bfloat16_to_float(grad[last]), p, m, v, unused);
+  param[last] = float_to_bfloat16(p);
+  exp_avg[last] = float_to_bfloat16(m);
+  exp_avg_sq[last] = float_to_bfloat16(v);
 }
 
+// Elements of a chunk, where they lie.
+template <class Stored>
+struct Elements {
+  Elements(const AdamWTensor& tensor, const GradTensor& grad_tensor, int64_t begin)
+      : grad(static_cast<const Stored*>(grad_tensor.data) + begin),
+        param(static_cast<Stored*>(tensor.param) + begin),
+        exp_avg(static_cast<Stored*>(tensor.exp_avg) + begin),
+        exp_avg_sq(static_cast<Stored*>(tensor.exp_avg_sq) + begin) {}
+  const Stored* grad;
+  Stored *param, *exp_avg, *exp_avg_sq;
+};
+
+// Updates a chunk in registers alone. False where blocks have to convert, or there is more to read
+// or write.
 template <class T>
-void update_plain(const AdamWTensor& tensor, const GradTensor& grad,
-                  const AdamWCoefficients<T>& coefficients, int64_t begin, int64_t end) {
-  const auto at = [begin](void* data) { return static_cast<T*>(data) + begin; };
-  update_block<false, T>(coefficients, at(grad.data), at(tensor.param), at(tensor.exp_avg),
-                         at(tensor.exp_avg_sq), nullptr, end - begin);
+bool update_in_place(const AdamWArgs& args, const AdamWTensor& tensor, const GradTensor& grad,
+                     const AdamWCoefficients<T>& coefficients, int64_t begin, int64_t end) {
+  const DType dtype = tensor.param_dtype;
+  if (grad.dtype != dtype || tensor.state_dtype != dtype || tensor.max_exp_avg_sq != nullptr ||
+      args.update_stats != nullptr) {
+    return false;
+  }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (dtype == DType::kFloat16) return false;
+    if (dtype == DType::kBFloat16) {
+      if (args.rounding != Rounding::kNearest) return false;
+      const Elements<uint16_t> e(tensor, grad, begin);
+      update_pairs(coefficients, e.grad, e.param, e.exp_avg, e.exp_avg_sq, end - begin);
+      return true;
+    }
+  }
+  const Elements<T> e(tensor, grad, begin);
+  update_block<false, T>(coefficients, e.grad, e.param, e.exp_avg, e.exp_avg_sq, nullptr,
+                         end - begin);
+  return true;
 }
 
 template <class Format>
@@ -227,12 +291,9 @@ void update(const AdamWArgs& args, int32_t i, KnownCoefficients<T>& known) {
       known.get(args.hypers[tensor.group], args.corrections[chunk.tensor]);
   const int64_t begin = chunk.index * kChunkSize;
   const int64_t end = std::min(begin + kChunkSize, tensor.numel);
-  if (is_plain<T>(args, tensor, grad)) {
-    update_plain(tensor, grad, coefficients, begin, end);
-  } else {
-    UpdateStats* const sums = args.update_stats ? args.update_partials + i : nullptr;
-    update_chunk(args, tensor, grad, coefficients, begin, end, sums);
-  }
+  if (update_in_place(args, tensor, grad, coefficients, begin, end)) return;
+  UpdateStats* const sums = args.update_stats ? args.update_partials + i : nullptr;
+  update_chunk(args, tensor, grad, coefficients, begin, end, sums);
 }
 
 void fetch_chunk(const AdamWArgs& args, const Chunk& chunk) {
