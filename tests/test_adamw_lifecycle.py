@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,6 +212,19 @@ def test_profiler_shows_the_step(backend: str, device: torch.device) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         train(optimizer, make_grads(params, 1))
     assert any(e.key == "Optimizer.step#AdamW.step" for e in profile.key_averages())
+
+
+def test_execution_trace_shows_the_step(tmp_path: Path) -> None:
+    params = make_params([(3,)])
+    optimizer = fastremedy.optim.AdamW(params)
+    observer = torch.profiler.ExecutionTraceObserver()  # no profiler, which a flag would tell of
+    observer.register_callback(str(tmp_path / "trace.json"))
+    observer.start()
+    train(optimizer, make_grads(params, 1))
+    observer.stop()
+    observer.unregister_callback()
+    nodes = json.loads((tmp_path / "trace.json").read_text())["nodes"]
+    assert any(node["name"] == "Optimizer.step#AdamW.step" for node in nodes)
 
 
 def test_step_bumps_versions(backend: str, device: torch.device) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from ..ops.adamw import Options
-from . import torch_step
+from . import hooks, torch_step
 from .options import check_options, fold, on_device
 from .tables import Tables, raise_if_nonfinite
 from .update_stats import RawUpdateStats, UpdateStats, resolve, room_for_stats
@@ -207,7 +206,9 @@ class Adam(torch.optim.Adam):
 
     # --- the step ---
 
-    @_disable_dynamo
+    # torch wraps the step of every class that is instantiated with it.
+    profile_hook_step = staticmethod(hooks.wrap_step)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient.
 

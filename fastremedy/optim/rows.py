@@ -56,6 +56,8 @@ class LocalRows(Rows):
     @property
     def is_in_place(self) -> bool:
         """Whether every DTensor still has the memory that it had."""
+        if not self.sharded:
+            return True
         now = map(operator.attrgetter("_local_tensor"), self._sharded_owners)
         return all(map(operator.is_, now, self._sharded_memory))
 
@@ -84,8 +86,10 @@ class LocalRows(Rows):
     @property
     def version(self) -> int:
         """Changes with the memory of DTensors that have a gradient."""
-        owners, memory = self.owners, self.memory
-        return next((memory[i]._version for i in self.sharded if owners[i].grad is not None), 0)
+        for i in self.sharded:
+            if self.owners[i].grad is not None:
+                return self.memory[i]._version
+        return 0
 
     def note_update(self, version: int) -> None:
         """Tell autograd that DTensors have changed, if :attr:`version` did."""
