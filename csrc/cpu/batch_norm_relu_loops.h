@@ -59,7 +59,7 @@ inline __attribute__((always_inline)) void for_each_in_row(int64_t n, const Ask&
 }
 
 // element(i, k) for all elements i, k being their place in a period of `width` columns. What
-// belongs to a column stays in registers on the way down.
+// belongs to a column stays in registers on the way down; lines are asked for in memory's order.
 template <class T, class Ask, class Element>
 inline __attribute__((always_inline)) void for_each_in_columns(int64_t n, int64_t width,
                                                                const Ask& ask,
@@ -68,9 +68,9 @@ inline __attribute__((always_inline)) void for_each_in_columns(int64_t n, int64_
     for_each_in_row<T>(n, ask, [&](int64_t i) __attribute__((always_inline)) { element(i, i); });
     return;
   }
-  for (int64_t k = 0; k < width; k += kNumLanes<T>) {
-    for (int64_t i = k; i < n; i += width) {
-      ask(i);
+  for (int64_t k = 0, line = 0; k < width; k += kNumLanes<T>) {
+    for (int64_t i = k; i < n; i += width, line += kNumLanes<T>) {
+      ask(line);
 #pragma omp simd
       for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) element(i + lane, k + lane);
     }
@@ -100,10 +100,10 @@ inline __attribute__((always_inline)) void sum_in_columns(int64_t n, int64_t wid
     });
     return;
   }
-  for (int64_t k = 0; k < width; k += kNumLanes<T>) {
+  for (int64_t k = 0, line = 0; k < width; k += kNumLanes<T>) {
     Lanes<T> sum, other_sum;
-    for (int64_t i = k; i < n; i += width) {
-      ask(i);
+    for (int64_t i = k; i < n; i += width, line += kNumLanes<T>) {
+      ask(line);
       T first[kNumLanes<T>], second[kNumLanes<T>];
 #pragma omp simd
       for (int64_t lane = 0; lane < kNumLanes<T>; ++lane) {
