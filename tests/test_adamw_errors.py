@@ -169,6 +169,28 @@ def test_bad_hyper_parameter_in_a_group(
     optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_grad_norm", -1.0),
+        ("max_grad_norm", math.nan),
+        ("max_grad_norm", "1"),
+        ("norm_type", 0),
+        ("norm_type", "inf"),
+        ("nonfinite", "Skip"),
+        ("low_precision", "bogus"),
+        ("state_dtype", torch.int32),
+    ],
+    ids=str,
+)
+def test_bad_option_set_between_steps(
+    backend: str, device: torch.device, name: str, value: Any
+) -> None:
+    optimizer = optimizer_after_a_step(device)
+    setattr(optimizer, name, value)
+    assert_refused(optimizer, ValueError, name, f"got {value!r}")
+
+
 def test_state_of_another_shape(backend: str, device: torch.device) -> None:
     optimizer = optimizer_after_a_step(device)
     optimizer.state[params_of(optimizer)[2]]["exp_avg"] = torch.zeros(7, device=device)

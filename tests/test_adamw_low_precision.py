@@ -340,6 +340,31 @@ def test_low_precision_of_each_group_and_mixed_dtypes(backend: str, device: torc
     assert has_residual == [False, True, True, False]
 
 
+@pytest.mark.parametrize("new", [None, "stochastic", "kahan", "master"])
+@pytest.mark.parametrize("old", [None, "stochastic", "kahan", "master"])
+def test_mode_set_between_steps(
+    backend: str, device: torch.device, old: str | None, new: str | None
+) -> None:
+    """It is as if the state had been loaded into an optimizer of the new mode."""
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 65, device=device, dtype=torch.bfloat16))
+    optimizer = fastremedy.optim.AdamW([param], low_precision=old)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    loaded = torch.nn.Parameter(param.detach().clone())
+    expected = fastremedy.optim.AdamW([loaded], low_precision=new)
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.low_precision = new
+    for group in optimizer.param_groups + expected.param_groups:
+        group["noise_seed"] = 0
+    loaded.grad = torch.ones_like(loaded)
+    for _ in range(3):
+        optimizer.step()
+        expected.step()
+    assert torch.equal(param, loaded)
+    for key, value in expected.state[loaded].items():
+        assert torch.equal(optimizer.state[param][key], value)
+
+
 def test_definition_of_stochastic_rounding_at_every_noise() -> None:
     """All 2^13 (2^16) noises: rounding up happens exactly as often as the fraction says."""
     for dtype, bits in ((torch.float16, 13), (torch.bfloat16, 16)):

@@ -76,7 +76,7 @@ class Adam(torch.optim.Adam):
         self.nonfinite = nonfinite
         self.low_precision = low_precision
         self.state_dtype = torch.float32 if low_precision == "master" else state_dtype
-        self._tables = Tables(self.low_precision, self.state_dtype)
+        self._tables = Tables()
         self._grad_norm: Tensor | None = None
         self._num_skipped: dict[torch.device, Tensor] = {}
         torch.optim.Adam.__init__(
@@ -160,7 +160,7 @@ class Adam(torch.optim.Adam):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_num_skipped", {})
-        self._tables = Tables(self.low_precision, self.state_dtype)
+        self._tables = Tables()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this class, or of any flavour of :class:`torch.optim.AdamW`.
@@ -239,14 +239,17 @@ class Adam(torch.optim.Adam):
         return loss
 
     def _update(self) -> None:
-        tables = self._tables.gather(self.param_groups, self.state)
+        extras = (self.nonfinite, self.low_precision, self.state_dtype)
+        check_options(self.max_grad_norm, self.norm_type, *extras)  # they may be set at any time
+        rounding = self.low_precision or "nearest"
+        tables = self._tables.gather(self.param_groups, self.state, rounding, self.state_dtype)
         options = Options(
             self.max_grad_norm,
             self.norm_type,
             self.nonfinite != "propagate",
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
-            self.low_precision or "nearest",
+            rounding,
             self.param_groups[0].get("noise_seed", 0),
         )
         raw_stats = []

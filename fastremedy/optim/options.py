@@ -30,16 +30,20 @@ def check_options(
     Raises:
         ValueError: one is out of range; the message names it.
     """
-    if max_grad_norm is not None and not max_grad_norm >= 0:
-        raise ValueError(f"max_grad_norm must be None or a number >= 0, got {max_grad_norm}")
-    if not norm_type > 0:
-        raise ValueError(f"norm_type must be a number > 0 or inf, got {norm_type}")
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm >= 0):
+        raise ValueError(f"max_grad_norm must be None or a number >= 0, got {max_grad_norm!r}")
+    if not (_is_number(norm_type) and norm_type > 0):
+        raise ValueError(f"norm_type must be a number > 0 or inf, got {norm_type!r}")
     if nonfinite not in _NONFINITE:
         raise ValueError(f"nonfinite must be one of {_NONFINITE}, got {nonfinite!r}")
     if low_precision not in _LOW_PRECISION:
         raise ValueError(f"low_precision must be one of {_LOW_PRECISION}, got {low_precision!r}")
     if state_dtype not in _STATE_DTYPES:
         raise ValueError(f"state_dtype must be one of {_STATE_DTYPES}, got {state_dtype!r}")
+
+
+def _is_number(value: object) -> bool:
+    return hasattr(value, "__float__")
 
 
 def fold(

@@ -21,12 +21,10 @@ State = MutableMapping[Tensor, dict[str, Any]]
 class Tables:
     """Builds and keeps the tables; hands them out with this step's gradients in them."""
 
-    def __init__(self, low_precision: str | None, state_dtype: torch.dtype | None) -> None:
-        """Remember what new state has to look like; nothing is built yet."""
-        self._low_precision = low_precision or "nearest"
-        self._state_dtype = state_dtype
+    def __init__(self) -> None:
+        """Build nothing yet."""
         self._tables: list[tuple[LocalRows, Table]] | None = None
-        self._choice: str | None = None
+        self._built_for: tuple[str | None, str, torch.dtype | None] | None = None
         #: Process groups of all parameters, in their order, which ranks share.
         self.everyone: dict[shards.Groups, torch.device] = {}
         self._captured: list[Table] = []  # a CUDA graph uses their memory as long as it lives
@@ -36,18 +34,25 @@ class Tables:
         """Whether there are tables, which may be out of date."""
         return self._tables is not None
 
-    def gather(self, param_groups: list[Group], state: State) -> list[tuple[LocalRows, Table]]:
+    def gather(
+        self,
+        param_groups: list[Group],
+        state: State,
+        low_precision: str,
+        state_dtype: torch.dtype | None,
+    ) -> list[tuple[LocalRows, Table]]:
         """Return tables that have read the gradients; create the state of new parameters.
 
         Raises:
             RuntimeError: a gradient is sparse, or a CUDA graph cannot capture the step.
             ValueError: a parameter or gradient does not fit; the message names it.
         """
+        wanted = backends.choice(), low_precision, state_dtype
         for _ in range(2):
-            if self._tables is None or self._choice != backends.choice():
+            if self._tables is None or self._built_for != wanted:
                 self._tables = None
-                self._tables = self._build(param_groups, state)
-                self._choice = backends.choice()
+                self._tables = self._build(param_groups, state, low_precision, state_dtype)
+                self._built_for = wanted
             if all(self._read(*pair, param_groups, state) for pair in self._tables):
                 return self._tables
             self._tables = None
@@ -78,7 +83,13 @@ class Tables:
             self._captured.append(table)
         return True
 
-    def _build(self, param_groups: list[Group], state: State) -> list[tuple[LocalRows, Table]]:
+    def _build(
+        self,
+        param_groups: list[Group],
+        state: State,
+        low_precision: str,
+        state_dtype: torch.dtype | None,
+    ) -> list[tuple[LocalRows, Table]]:
         fresh: dict[torch.device, list[tuple[Tensor, bool]]] = {}
         chosen: dict[torch.device, str] = {}
         for group in param_groups:
@@ -97,12 +108,12 @@ class Tables:
                 "at least one step with all gradients before the capture"
             )
         for params in fresh.values():
-            init_state(params, state, self._state_dtype)
+            init_state(params, state, state_dtype)
         all_params = [param for group in param_groups for param in group["params"]]
         self.everyone = shards.everyone(all_params, shards.groups_of(all_params))
         tables = []
         for device, backend in chosen.items():
-            rows = make_rows(param_groups, state, device, self._low_precision)
+            rows = make_rows(param_groups, state, device, low_precision)
             tables.append((rows, make_table(backend, rows, param_groups, state)))
         return tables
 
