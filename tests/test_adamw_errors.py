@@ -148,6 +148,7 @@ def test_nonfinite_error(backend: str, device: torch.device, value: float, names
         ("lr", "fast"),
         ("eps", "small"),
         ("weight_decay", None),
+        ("betas", 0.9),
         ("betas", (0.9,)),
         ("betas", ("a", 0.9)),
         ("maximize", torch.ones(2)),

@@ -262,7 +262,7 @@ def hyper_of(group: Group) -> Hyper:
         ValueError: ``betas`` is not a pair.
     """
     lr, betas = group["lr"], group["betas"]
-    if len(betas) != 2:
+    if not hasattr(betas, "__len__") or len(betas) != 2:
         raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
     return Hyper(
         lr if isinstance(lr, Tensor) and lr.numel() == 1 else _number("lr", lr),
