@@ -34,8 +34,8 @@ FASTREMEDY_HD float bfloat16_to_float(uint16_t bits) {
   return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-// The upper half: a value rounded to bfloat16, to nearest, ties to even. The lower half is to be cut
-// off. NaN stays NaN: the carry could turn it into infinity.
+// The upper half is a value rounded to bfloat16, to nearest, ties to even; the lower half is to be
+// cut off. NaN stays NaN: the carry could turn it into infinity.
 FASTREMEDY_HD uint32_t round_to_upper_half(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
