@@ -183,6 +183,28 @@ def test_model_converted_after_steps(
     assert optimizer.state[model.weight]["step"].item() == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (7, 5)], ids=["empty", "with gaps"])
+def test_parameter_without_an_address_of_its_own_converted(
+    backend: str, device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    memory = torch.randn(shape[0], 2 * shape[1], device=device)
+    param = torch.nn.Parameter(memory[:, ::2])
+    optimizer = fastremedy.optim.AdamW([param])
+    give_grads([param])
+    optimizer.step()
+    param.grad = None
+    param.data = param.data.to(dtype)
+    copy = torch.nn.Parameter(param.detach().clone())
+    expected = fastremedy.optim.AdamW([copy])
+    expected.load_state_dict(optimizer.state_dict())
+    expected.state[copy] = {key: value.clone() for key, value in expected.state[copy].items()}
+    param.grad, copy.grad = torch.ones_like(param), torch.ones_like(copy)
+    optimizer.step()
+    expected.step()
+    assert_same_bits(param.detach(), copy.detach())
+
+
 def test_two_optimizers_on_one_parameter(backend: str, device: torch.device) -> None:
     (param,) = make_params([(3,)], device=device)
     optimizers = [fastremedy.optim.AdamW([param], lr=0.1) for _ in range(2)]

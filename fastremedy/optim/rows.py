@@ -61,6 +61,15 @@ class LocalRows(Rows):
         now = map(operator.attrgetter("_local_tensor"), self._sharded_owners)
         return all(map(operator.is_, now, self._sharded_memory))
 
+    def is_alike(self, row: int) -> bool:
+        """Whether a parameter has the dtype and shape of what kernels update in its place.
+
+        Tables look at addresses, and a copy stays where it is.
+        """
+        memory, work = self.memory[row], self.columns.params[row]
+        is_same_kind = memory.dtype.to_real() == work.dtype
+        return is_same_kind and memory.shape == work.shape[: memory.dim()]
+
     @functools.cached_property
     def _repacked(self) -> list[int]:
         works = zip(self.memory, self.columns.params, self.indirect, strict=True)

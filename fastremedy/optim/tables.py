@@ -67,12 +67,15 @@ class Tables:
             owner = rows.owners[row]
             grad = owner.grad
             assert grad is not None
+            if not rows.is_alike(row):
+                return False
             memory = shards.memory_as(grad, owner)
             if memory is None or not _takes(table, row, memory):
                 if not fits(owner, grad):
                     raise_misfit(owner, grad, name_of(owner, param_groups))
                 memory = shards.local(shards.placed_as(grad, owner))
-                table.set_grad(row, aligned_grad(memory, rows.columns.params[row]))
+                if not _takes(table, row, aligned_grad(memory, rows.columns.params[row])):
+                    return False  # an empty parameter of another dtype, which has no address
             rows.grads[row] = memory
         if is_capturing():
             if rows.device.type != "cuda":
