@@ -57,6 +57,23 @@ def test_parameter_data_transposed_in_place(backend: str, device: torch.device) 
     assert_like_torch(make_params([(3, 3)], device=device), drive, lr=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_data_of_a_complex_parameter_reassigned(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        (param,) = params_of(optimizer)
+        for i in range(5):
+            give_grads([param])
+            optimizer.step()
+            if i == 1:
+                param.data = param.data * 2
+            if i == 2:  # same pointer and shape, other strides
+                param.data = param.data.t()
+
+    assert_like_torch(make_params([(4, 4)], dtype=dtype, device=device), drive)
+
+
 def test_state_tensor_replaced(backend: str, device: torch.device) -> None:
     def drive(optimizer: torch.optim.Optimizer) -> None:
         for _ in range(3):

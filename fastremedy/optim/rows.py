@@ -61,23 +61,27 @@ class LocalRows(Rows):
         now = map(operator.attrgetter("_local_tensor"), self._sharded_owners)
         return all(map(operator.is_, now, self._sharded_memory))
 
-    def is_alike(self, row: int) -> bool:
-        """Whether a parameter has the dtype and shape of what kernels update in its place.
+    def is_current(self, row: int) -> bool:
+        """Whether kernels, if they do not see a parameter itself, see what it is now.
 
-        Tables look at addresses, and a copy stays where it is.
+        Tables look at addresses of what kernels see: a copy, or a complex parameter's memory.
         """
         memory, work = self.memory[row], self.columns.params[row]
-        is_same_kind = memory.dtype.to_real() == work.dtype
-        return is_same_kind and memory.shape == work.shape[: memory.dim()]
+        if memory.dtype.to_real() != work.dtype or memory.shape != work.shape[: memory.dim()]:
+            return False
+        if not memory.is_complex() or row in self._repacked:
+            return True
+        has_same_strides = work.stride()[:-1] == tuple(2 * stride for stride in memory.stride())
+        return has_same_strides and memory.data_ptr() == work.data_ptr()
 
     @functools.cached_property
-    def _repacked(self) -> list[int]:
+    def _repacked(self) -> frozenset[int]:
         works = zip(self.memory, self.columns.params, self.indirect, strict=True)
-        return [
+        return frozenset(
             i
             for i, (memory, work, indirect) in enumerate(works)
             if indirect and work.data_ptr() != memory.data_ptr()
-        ]
+        )
 
     def packed(self) -> list[tuple[Tensor, Tensor]]:
         """Return parameters with gaps in memory and the dense copies that kernels update."""

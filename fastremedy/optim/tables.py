@@ -67,7 +67,7 @@ class Tables:
             owner = rows.owners[row]
             grad = owner.grad
             assert grad is not None
-            if not rows.is_alike(row):
+            if not rows.is_current(row):
                 return False
             memory = shards.memory_as(grad, owner)
             if memory is None or not _takes(table, row, memory):
