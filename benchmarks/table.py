@@ -57,9 +57,13 @@ def replace_tables(text: str, content: str) -> str:
 
 
 def tables(folder: Path) -> str:
-    """Return the tables of all result files, and what has not been measured."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    parts = [machine_tables(report) for report in reports]
+    """Return the tables of all result files, and what has not been measured.
+
+    Those of the first machine lie open: of names, GPUs come first, then wider vectors.
+    """
+    paths = sorted(folder.glob("*.json"), reverse=True)
+    reports = [json.loads(path.read_text()) for path in paths]
+    parts = [machine_tables(report) for report in reports[:1]] + list(map(folded, reports[1:]))
     if not reports:
         parts.append("Nothing has been measured yet.")
     elif not any(report["machine"]["gpu"] for report in reports):
@@ -67,16 +71,28 @@ def tables(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def folded(report: dict[str, Any]) -> str:
+    """Return the tables of one result file, to be opened by a click."""
+    summary = f"<summary>The same on {machine_of(report)}</summary>"
+    return f"<details>\n{summary}\n\n{machine_tables(report)}\n\n</details>"
+
+
+def machine_of(report: dict[str, Any]) -> str:
+    """Return what measured."""
+    machine = report["machine"]
+    cpu = f"{machine['cpu']} ({machine['cpu_capability']}, {machine['threads']} threads)"
+    return f"{machine['gpu']}, {cpu}" if machine["gpu"] else cpu
+
+
 def machine_tables(report: dict[str, Any]) -> str:
     """Return the tables of one result file, under a line that says where they come from."""
-    machine, versions = report["machine"], report["versions"]
-    cpu = f"{machine['cpu']} ({machine['cpu_capability']}, {machine['threads']} threads)"
-    where = f"{machine['gpu']}, {cpu}" if machine["gpu"] else cpu
+    versions = report["versions"]
     names = ("fastremedy", "torch", "triton")
     what = ", ".join(f"{name} {versions[name]}" for name in names if versions[name])
     copies = ", ".join(f"{name} {gb:.0f} GB/s" for name, gb in report["copy_gb_per_s"].items())
     origin = f"commit {report['commit']}, {report['date']}, `{report['command']}`"
-    parts = [f"**{where}**: {what}, {origin}. Copy bandwidth: {copies}. Median milliseconds."]
+    origin = f"**{machine_of(report)}**: {what}, {origin}"
+    parts = [f"{origin}. Copy bandwidth: {copies}. Median milliseconds."]
     by_table = itertools.groupby(sorted(report["results"], key=table_of), key=table_of)
     parts += [operation_table(key, list(records), report) for key, records in by_table]
     return "\n\n".join(parts)

@@ -303,12 +303,12 @@ def copy_gb_per_s(device: torch.device) -> float:
 def machine() -> dict[str, str | int | None]:
     """Return what the numbers depend on; ``name`` is fit for a file."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = info.cpu_name()
-    name = gpu or f"{cpu} {NUM_THREADS} threads"
+    cpu, capability = info.cpu_name(), torch.backends.cpu.get_cpu_capability()
+    name = gpu or f"{cpu} {capability} {NUM_THREADS} threads"
     return {
         "name": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": capability,
         "threads": NUM_THREADS,
         "gpu": gpu,
     }
