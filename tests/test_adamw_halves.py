@@ -84,3 +84,18 @@ def test_floats_are_rounded_as_torch_does(
     train(optimizer, [[torch.ones_like(param)]])
     assert torch.equal(master, near)
     assert torch.equal(param.detach(), near.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_nan_stays_nan_whatever_its_bits(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Rounded as a number, one of all ones would carry into the sign."""
+    for bits in (2**31 - 1, -1, 0x7F800001):
+        param = torch.zeros(33, device=device, dtype=dtype).requires_grad_()
+        optimizer = fastremedy.optim.AdamW([param], state_dtype=torch.float32)
+        grads = [torch.ones_like(param)]
+        train(optimizer, [grads])
+        optimizer.state[param]["exp_avg"].view(torch.int32).fill_(bits)
+        train(optimizer, [grads])
+        assert param.isnan().all()
