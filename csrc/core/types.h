@@ -34,15 +34,12 @@ FASTREMEDY_HD float bfloat16_to_float(uint16_t bits) {
   return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-// The upper half is a value rounded to bfloat16, to nearest, ties to even; the lower half is to be
-// cut off. NaN stays NaN: the carry could turn it into infinity.
-FASTREMEDY_HD uint32_t round_to_upper_half(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
+// Round to nearest, ties to even. NaN stays NaN: the carry could turn it into infinity.
 FASTREMEDY_HD uint16_t float_to_bfloat16(float value) {
-  return static_cast<uint16_t>(round_to_upper_half(value) >> 16);
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
 }
 
 // The multiplication by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals.

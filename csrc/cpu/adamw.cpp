@@ -51,6 +51,13 @@ class KnownCoefficients {
   AdamWCoefficients<T> coefficients_{};
 };
 
+// float_to_bfloat16 in the upper half of the result; the lower is to be cut off. On a GPU this form
+// would cost registers.
+inline __attribute__((always_inline)) uint32_t round_to_upper_half(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // Two neighbours of type bfloat16: a register of pairs splits into two of floats, and back, without
 // an element changing its place.
 struct Pair {
