@@ -51,13 +51,6 @@ class KnownCoefficients {
   AdamWCoefficients<T> coefficients_{};
 };
 
-// float_to_bfloat16 in the upper half of the result; the lower is to be cut off. On a GPU this form
-// would cost registers.
-inline __attribute__((always_inline)) uint32_t round_to_upper_half(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
 // Two neighbours of type bfloat16: a register of pairs splits into two of floats, and back, without
 // an element changing its place.
 struct Pair {
@@ -70,7 +63,7 @@ struct Pair {
   }
   inline __attribute__((always_inline)) void store(uint16_t* stored) const {
     const uint32_t bits =
-        round_to_upper_half(low) >> 16 | (round_to_upper_half(high) & 0xffff0000u);
+        float_to_upper_bfloat16(low) >> 16 | (float_to_upper_bfloat16(high) & 0xffff0000u);
     std::memcpy(stored, &bits, sizeof(bits));
   }
 };
