@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _native, backends
@@ -37,8 +38,19 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.overrides.has_torch_function_variadic(*tensors)
+        or (torch.overrides.has_torch_function_variadic(*tensors) and not _are_at_home(tensors))
         or torch._C._get_tracing_state() is not None
+    )
+
+
+def _are_at_home(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether ``torch.set_default_device`` is all that makes torch ask for their functions.
+
+    It is a mode, but one that only makes new tensors elsewhere.
+    """
+    modes = range(torch._C._len_torch_function_stack())
+    return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in modes) and all(
+        tensor is None or type(tensor) in PLAIN_TYPES for tensor in tensors
     )
 
 
@@ -91,7 +103,7 @@ def workspace(device: torch.device, num_bytes: int, stem: str = "") -> Tensor | 
     if num_bytes == 0:
         return None
     if device.type != "cuda":  # emulation
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     if torch.cuda.is_current_stream_capturing():
         # Memory of the graph: a replay on another stream must not meet this stream's calls.
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
