@@ -99,6 +99,8 @@ def reason_against(name: str, device: torch.device | str) -> str | None:
 
 
 def _type_of(device: torch.device | str) -> str:
+    if device in ("cpu", "cuda"):
+        return str(device)
     return device.type if isinstance(device, torch.device) else torch.device(device).type
 
 

@@ -275,6 +275,24 @@ def test_what_is_kept_for_backward(
 # --- transforms that see torch's own operators ---
 
 
+def test_kernels_run_under_a_default_device(backend: str, device: torch.device) -> None:
+    """It is a mode to torch, but no transform: ``torch.set_default_device`` slows nothing down."""
+    if backend == "torch":
+        pytest.skip("has no kernels")
+    module = fastremedy.nn.BatchNormReLU2d(3).to(device)
+    x = torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
+    loss = fastremedy.nn.SigmoidFocalLoss()
+    with torch.device("meta"):
+        output = module(x)
+        value = loss(output, torch.zeros_like(output)).sum()
+        value.backward()
+    assert type(output.grad_fn).__name__ == "BatchNormReLUBackward"
+    assert value.device == output.device == device
+    assert x.grad is not None
+    with torch.overrides.BaseTorchFunctionMode(), torch.device("meta"):
+        assert type(module(x).grad_fn).__name__ != "BatchNormReLUBackward"
+
+
 @MODES
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_forward_mode(backend: str, device: torch.device, activation: str, training: bool) -> None:

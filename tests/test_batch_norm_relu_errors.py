@@ -251,8 +251,15 @@ def test_native_look(
         "running_var": torch.ones(6),
         "num_batches_tracked": torch.tensor(0),
     }
-    assert native.batch_norm_relu_takes(*tensors.values(), True, 1e-5)
+
+    def takes() -> bool:
+        options = (True, 0.1, 1e-5, 1, 0.0, False, False, None)
+        return native.batch_norm_relu_run_forward(*tensors.values(), *options) is not None
+
+    assert takes()
     tensor = tensors[name]
     assert tensor is not None
     tensors[name] = change(tensor)
-    assert not native.batch_norm_relu_takes(*tensors.values(), True, 1e-5)
+    assert not takes()
+    if name != "num_batches_tracked":
+        assert tensors["num_batches_tracked"] == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -206,3 +208,31 @@ def test_model_of_a_memory_format(
     actual = train(fastremedy.nn.BatchNormReLU2d(4), nn.Identity())
     expected = train(nn.BatchNorm2d(4), nn.ReLU())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # three training steps
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_saved_tensors_come_back_in_another_order(
+    backend: str, device: torch.device, memory_format: torch.memory_format, activation: str
+) -> None:
+    """As contiguous ones from ``torch.autograd.graph.save_on_cpu(pin_memory=True)``."""
+
+    def grads(unpack: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        leaves = [
+            tensor.to(device, memory_format=memory_format).detach().requires_grad_()
+            for tensor in (values, values.flip(3))
+        ]
+        module = fastremedy.nn.BatchNormReLU2d(4, activation=activation).to(device)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            output = module(*leaves)
+        output.backward(values.to(device, memory_format=memory_format))
+        return [*(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters())]
+
+    def swap(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=other) if tensor.dim() == 4 else tensor
+
+    values = torch.randn(2, 4, 3, 5)
+    is_last = memory_format is torch.channels_last
+    other = torch.contiguous_format if is_last else torch.channels_last
+    for actual, expected in zip(grads(swap), grads(lambda tensor: tensor), strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -74,6 +74,7 @@ def test_stats_need_no_other_launch(
         return kernels._replace(forward=forward)
 
     monkeypatch.setattr(dispatch, "kernels_of", counted)
+    monkeypatch.setattr(dispatch, "usual", lambda tensors: None)  # its one call is one launch
     module = BatchNormReLU1d(3).to(device)
     module.collect_stats = True
     module(torch.randn(4, 3, device=device))

@@ -1,10 +1,9 @@
-// Tensors of one call as the kernels see them. fastremedy/ops/batch_norm_relu_dispatch.py has
-// checked shapes and layouts, and allocated what is written.
+// Tensors of one call as the kernels see them. The caller (batch_norm_relu_call.cpp, or in general
+// fastremedy/ops/batch_norm_relu_dispatch.py) has checked shapes and layouts, and allocated what is
+// written.
 #include "batch_norm_relu.h"
 
 #include <pybind11/stl.h>
-
-#include <algorithm>
 
 #include "arguments.h"
 #include "device.h"
@@ -35,11 +34,28 @@ cuda::BatchNormScratch scratch_of(const py::args& scratch) {
 }
 #endif
 
-void forward(py::handle input, bool channels_last, py::handle residual, py::handle output,
-             py::handle mask, py::handle dead, py::handle saved, py::handle weight, py::handle bias,
-             py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
-             py::handle sums, int phase, bool training, std::optional<double> momentum, double eps,
-             int activation, double negative_slope, const py::args& scratch) {
+// How many counters and bytes of partial sums the CUDA kernels need for an input.
+std::pair<size_t, size_t> scratch_size(py::handle input, bool channels_last) {
+#if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
+  const cuda::BatchNormScratchSize size =
+      cuda::batch_norm_scratch_size(shape_of(require_tensor(input, "input"), channels_last));
+  return {size.num_counters, size.partial_bytes};
+#else
+  static_cast<void>(input);
+  static_cast<void>(channels_last);
+  return {0, 0};
+#endif
+}
+
+}  // namespace
+
+void batch_norm_relu_forward(py::handle input, bool channels_last, py::handle residual,
+                             py::handle output, py::handle mask, py::handle dead, py::handle saved,
+                             py::handle weight, py::handle bias, py::handle running_mean,
+                             py::handle running_var, py::handle num_batches_tracked,
+                             py::handle sums, int phase, bool training,
+                             std::optional<double> momentum, double eps, int activation,
+                             double negative_slope, const py::args& scratch) {
   const DLTensor view = require_tensor(input, "input");
   BatchNormForwardArgs args{};
   args.shape = shape_of(view, channels_last);
@@ -78,11 +94,12 @@ void forward(py::handle input, bool channels_last, py::handle residual, py::hand
 #endif
 }
 
-void backward(py::handle grad_output, py::handle input, bool channels_last, py::handle residual,
-              py::handle mask, py::handle saved, py::handle weight, py::handle bias,
-              py::handle grad_input, py::handle grad_residual, py::handle grad_weight,
-              py::handle grad_bias, py::handle sums, int phase, bool training, int activation,
-              double negative_slope, const py::args& scratch) {
+void batch_norm_relu_backward(py::handle grad_output, py::handle input, bool channels_last,
+                              py::handle residual, py::handle mask, py::handle saved,
+                              py::handle weight, py::handle bias, py::handle grad_input,
+                              py::handle grad_residual, py::handle grad_weight,
+                              py::handle grad_bias, py::handle sums, int phase, bool training,
+                              int activation, double negative_slope, const py::args& scratch) {
   const DLTensor view = require_tensor(input, "input");
   BatchNormBackwardArgs args{};
   args.shape = shape_of(view, channels_last);
@@ -117,109 +134,12 @@ void backward(py::handle grad_output, py::handle input, bool channels_last, py::
 #endif
 }
 
-// --- whether tensors can be taken as they are ---
-
-// torch.Tensor or torch.nn.Parameter: other types may mean something else by their elements.
-bool has_plain_type(py::handle tensor) {
-  const auto type_of = [](const char* module, const char* name) {
-    return py::object(py::module_::import(module).attr(name)).release().ptr();
-  };
-  static PyObject* const types[] = {type_of("torch", "Tensor"), type_of("torch.nn", "Parameter")};
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-  return type == types[0] || type == types[1];
-}
-
-bool read_plain(py::handle tensor, DLTensor* view, DType* dtype) {
-  return has_plain_type(tensor) && read_tensor(tensor.ptr(), view) && dtype_of(*view, dtype) &&
-         !has_minus_sign(tensor.ptr());
-}
-
-// Whether the elements [N, C, *] lie without gaps in the order of memory N, C, * or N, *, C.
-bool has_order(const DLTensor& view, bool channels_last) {
-  int64_t expected = 1;
-  const auto follows = [&](int32_t d) {
-    if (view.shape[d] == 1) return true;
-    const bool is_next = view.strides[d] == expected;
-    expected *= view.shape[d];
-    return is_next;
-  };
-  if (channels_last && !follows(1)) return false;
-  for (int32_t d = view.ndim - 1; d >= 0; --d) {
-    if (!(channels_last && d == 1) && !follows(d)) return false;
-  }
-  return true;
-}
-
-bool is_alike(const DLTensor& a, const DLTensor& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape) &&
-         same_device(a.device, b.device);
-}
-
-bool is_channel_vector(py::handle tensor, const DLTensor& input) {
-  DLTensor view;
-  DType dtype;
-  return read_plain(tensor, &view, &dtype) && view.ndim == 1 && view.shape[0] == input.shape[1] &&
-         (view.shape[0] == 1 || view.strides[0] == 1) && same_device(view.device, input.device);
-}
-
-bool is_counter(py::handle tensor, const DLTensor& input) {
-  DLTensor view;
-  return has_plain_type(tensor) && read_tensor(tensor.ptr(), &view) && numel_of(view) == 1 &&
-         view.dtype.code == kDLInt && view.dtype.bits == 64 &&
-         same_device(view.device, input.device);
-}
-
-// Whether kernels do with these tensors what torch would do, and need no other layout. The caller
-// knows that nothing transforms or traces the call.
-bool takes(py::handle input, py::handle residual, py::handle weight, py::handle bias,
-           py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
-           bool training, double eps) {
-  DLTensor view;
-  DType dtype;
-  if (!read_plain(input, &view, &dtype) || view.ndim < 2) return false;
-  const bool channels_last = has_order(view, true);
-  if (!channels_last && !has_order(view, false)) return false;
-  const bool has_mean = !running_mean.is_none(), has_var = !running_var.is_none();
-  const int64_t numel = numel_of(view);
-  if (training ? !(eps > 0) || numel <= view.shape[1] || has_mean != has_var
-               : !(eps >= 0) || numel == 0 || !has_mean || !has_var) {
-    return false;
-  }
-  if (!residual.is_none()) {
-    DLTensor added;
-    DType added_dtype;
-    if (!read_plain(residual, &added, &added_dtype) || added_dtype != dtype ||
-        !is_alike(added, view) || !has_order(added, channels_last)) {
-      return false;
-    }
-  }
-  for (const py::handle vector : {weight, bias, running_mean, running_var}) {
-    if (!vector.is_none() && !is_channel_vector(vector, view)) return false;
-  }
-  return num_batches_tracked.is_none() || is_counter(num_batches_tracked, view);
-}
-
-// How many counters and bytes of partial sums the CUDA kernels need for an input.
-std::pair<size_t, size_t> scratch_size(py::handle input, bool channels_last) {
-#if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
-  const cuda::BatchNormScratchSize size =
-      cuda::batch_norm_scratch_size(shape_of(require_tensor(input, "input"), channels_last));
-  return {size.num_counters, size.partial_bytes};
-#else
-  static_cast<void>(input);
-  static_cast<void>(channels_last);
-  return {0, 0};
-#endif
-}
-
-}  // namespace
-
 // Arguments are positional: names would double the time of a call.
 void bind_batch_norm_relu(py::module_& module) {
-  module.def("batch_norm_relu_forward", &forward);
-  module.def("batch_norm_relu_backward", &backward);
-  module.def("batch_norm_relu_takes", &takes);
+  module.def("batch_norm_relu_forward", &batch_norm_relu_forward);
+  module.def("batch_norm_relu_backward", &batch_norm_relu_backward);
   module.def("batch_norm_relu_scratch_size", &scratch_size);
+  bind_batch_norm_relu_call(module);
 }
 
 }  // namespace fastremedy::host

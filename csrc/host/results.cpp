@@ -52,3 +52,24 @@ void bind_results(py::module_& module) {
 
 }  // namespace fastremedy::host
 #endif
+
+namespace fastremedy::host {
+
+py::object new_like(py::handle tensor, const DLTensor& view) {
+#ifndef FASTREMEDY_EMULATION
+  const size_t bytes = static_cast<size_t>(numel_of(view)) * view.dtype.bits / 8;
+  if (view.device.device_type == kDLCPU && bytes >= cpu::kHugePage) {
+    py::object result = empty_like(tensor);
+    if (!result.is_none()) return result;
+  }
+#else
+  static_cast<void>(view);
+#endif
+  static PyObject* const empty_like_of_torch =
+      py::object(py::module_::import("torch").attr("empty_like")).release().ptr();
+  PyObject* result = PyObject_CallOneArg(empty_like_of_torch, tensor.ptr());
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+}  // namespace fastremedy::host

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +9,17 @@ from torch import Tensor
 
 from .. import backends
 from ..ops import batch_norm_relu_dispatch as dispatch
-from ..ops.batch_norm_relu import SIGN_IS_ENOUGH, activate, check_activation, composite, other_dims
-from ..ops.batch_norm_relu_autograd import (
-    BatchNormReLU,
-    apply_eagerly,
-    run_forward,
+from ..ops.batch_norm_relu import (
+    ACTIVATIONS,
+    SIGN_IS_ENOUGH,
+    activate,
+    check_activation,
+    composite,
+    other_dims,
 )
+from ..ops.batch_norm_relu_autograd import TracedBatchNormReLU, apply, run_forward
 from ..ops.dispatch import KERNEL_DTYPES, has_kernels, is_plain, is_traced
-from ..ops.layouts import like, with_kernel_layout
+from ..ops.layouts import is_channels_last, like, with_kernel_layout
 
 _TENSORS = (  # of dispatch.ForwardTensors
     "input",
@@ -158,13 +160,26 @@ def batch_norm_relu_with_stats(
     options = dispatch.Options(
         training, momentum, eps, activation, negative_slope, False, wants_stats
     )
-    try:
-        backend = None if group is not None else dispatch.usual_backend(tensors, training, eps)
-        if backend is not None:
-            return _run_kernels(apply_eagerly, tensors, options, None, backend)
-    except TypeError:  # of a native function, which knows no names
-        _check_types(tensors, options)
-        raise
+    native = None if group is not None else dispatch.usual(tensors)
+    if native is not None:
+        try:
+            needs_grad = _needs_grad(tensors)
+            result = native.run_forward(
+                *tensors,
+                training,
+                momentum,
+                eps,
+                ACTIVATIONS.index(activation),
+                negative_slope,
+                needs_grad and residual is not None and activation in SIGN_IS_ENOUGH,
+                wants_stats,
+                native.scratch,
+            )
+        except (AttributeError, TypeError):  # which know no names
+            _check_types(tensors, options)
+            raise
+        if result is not None:
+            return _record(tensors, options, result, None, native.backend, needs_grad)
     return _prepare_and_run(tensors, options, group)
 
 
@@ -243,37 +258,51 @@ def _prepare_and_run(
     if residual is not None:
         residual = like(residual, input)
     tensors = (input, residual, *vectors, num_batches_tracked)
-    return _run_kernels(BatchNormReLU.apply, tensors, options, group, backend)
+    return _run_kernels(tensors, options, group, backend)
+
+
+def _needs_grad(tensors: dispatch.ForwardTensors) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return tensors[0].requires_grad or any([t.requires_grad for t in tensors if t is not None])
 
 
 def _run_kernels(
-    apply: Callable[..., Any],
+    tensors: dispatch.ForwardTensors, options: dispatch.Options, group: Any, backend: str | None
+) -> tuple[Tensor, RawStats | None]:
+    """Run kernels on tensors that have one layout; tracers see operators instead."""
+    needs_grad = _needs_grad(tensors)
+    if needs_grad and tensors[1] is not None and options.activation in SIGN_IS_ENOUGH:
+        options = options._replace(wants_mask=True)
+    if needs_grad and backend is None:
+        results: Any = TracedBatchNormReLU.apply(*tensors, options, group)  # type: ignore[no-untyped-call]
+        output, saved, dead = results if options.wants_dead else (results, None, None)
+        return output, _raw_stats(tensors[0], saved, dead)
+    result = run_forward(tensors, options, group, backend)
+    return _record(tensors, options, result, group, backend, needs_grad)
+
+
+def _record(
     tensors: dispatch.ForwardTensors,
     options: dispatch.Options,
+    result: tuple[Any, ...],
     group: Any,
     backend: str | None,
+    needs_grad: bool,
 ) -> tuple[Tensor, RawStats | None]:
-    """Run kernels on tensors that have one layout; ``apply`` is that of the function."""
-    input, residual = tensors[:2]
-    dead: Tensor | None = None
-    needs_grad = torch.is_grad_enabled() and (
-        input.requires_grad or any([t.requires_grad for t in tensors if t is not None])
-    )
-    if not needs_grad:
-        output, saved, _, dead = run_forward(tensors, options, group, backend)
-    else:
-        if residual is not None and options.activation in SIGN_IS_ENOUGH:
-            options = dispatch.Options(*options[:5], True, options.wants_dead)
-        if options.wants_dead and backend is None:  # tracers have to see outputs
-            output, saved, dead = apply(*tensors, options, group, backend, None)
-        else:
-            stats: list[Tensor] = []
-            output = apply(*tensors, options, group, backend, stats)
-            if stats:
-                saved, dead = stats
-    if dead is None:
-        return output, None
-    return output, RawStats(saved, dead, input.numel() // input.shape[1])
+    """Make what kernels have done differentiable."""
+    output, saved, mask, dead = result
+    if needs_grad:
+        input, residual, weight, bias = tensors[:4]
+        order = mask is not None and is_channels_last(input)
+        output = apply(input, residual, weight, bias, result, (options, group, backend, order))
+    return output, _raw_stats(tensors[0], saved, dead)
+
+
+def _raw_stats(input: Tensor, saved: Tensor | None, dead: Tensor | None) -> RawStats | None:
+    if saved is None or dead is None:
+        return None
+    return RawStats(saved, dead, input.numel() // input.shape[1])
 
 
 def _describe(tensor: Tensor) -> str:

@@ -23,6 +23,13 @@ def with_kernel_layout(input: Tensor) -> Tensor:
     return input if input.is_contiguous() or is_channels_last(input) else input.contiguous()
 
 
+def in_order(input: Tensor, channels_last: bool) -> Tensor:
+    """Return ``input`` ``[N, C, *]`` in one of the two orders; itself if it lies so."""
+    if not channels_last:
+        return input.contiguous()
+    return input.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def like(tensor: Tensor, input: Tensor) -> Tensor:
     """Return ``tensor`` with its elements in the order of ``input``; itself if they are."""
     if tensor.stride() == input.stride():
