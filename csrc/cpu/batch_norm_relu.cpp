@@ -20,10 +20,11 @@ FASTREMEDY_CLONES void normalize_and_count_rows(Source<T> input, Source<T> resid
   for (int64_t r = 0; r < num_rows; ++r, y += row_size) {
     const T* __restrict x = input.values, * __restrict added = residual.values;
     const Normalizer<T> c = channels[r];
+    // Results that are kept are not 0: no threshold is negative.
     const auto is_zero = [&](int64_t i) __attribute__((always_inline)) {
-      const T z = normalize(x[i], c.mean, c.scale, c.shift);
-      y[i] = activate<Activation::kReLU>(kAdds ? z + added[i] : z, threshold, negative_slope);
-      return y[i] == T(0) ? T(1) : T(0);
+      const T z = normalize(x[i], c.mean, c.scale, c.shift), sum = kAdds ? z + added[i] : z;
+      y[i] = activate<Activation::kReLU>(sum, threshold, negative_slope);
+      return is_positive(sum, threshold) ? T(0) : T(1);
     };
     Lanes<T> sum;
     int64_t i = 0;

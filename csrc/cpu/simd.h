@@ -95,9 +95,12 @@ inline __attribute__((always_inline)) T sum_of(const T* values) {
 template <class T>
 inline __attribute__((always_inline)) T sum_of(const Lanes<T>& lanes) {
   const auto sums = lanes.low + lanes.high;
-  T values[kNumLanes<T> / 2];
-  std::memcpy(values, &sums, sizeof(values));
-  return sum_of<kNumLanes<T> / 2>(values);
+  typename VectorOf<T, 16>::Type halves[2];
+  std::memcpy(halves, &sums, sizeof(sums));
+  halves[0] += halves[1];
+  T values[16 / sizeof(T)];
+  std::memcpy(values, halves, sizeof(values));
+  return sum_of<16 / sizeof(T)>(values);
 }
 
 }  // namespace fastremedy::cpu
