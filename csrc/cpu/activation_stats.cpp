@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kPieceSize = 65536;
 constexpr int64_t kPilotElements = 16;
+constexpr double kGoldenRatio = 1.6180339887498949;
 
 // Below so many values of a row its histogram counts one by one: tables have to be emptied. That
 // takes 1 ns each, or 5 if other pieces count in the same row.
@@ -63,15 +64,20 @@ int64_t cut(const ActivationStatsArgs& args, std::vector<Piece>* pieces) {
   return num_partials;
 }
 
-// The mean of a few evenly spaced elements out of n, and the size of what lies around it; get(i)
-// reads one. The outermost may be outliers and count as those beside them.
+// The mean of a few elements out of n, and the size of what lies around it; get(i) reads one. The
+// outermost may be outliers and count as those beside them. One element comes from each of as many
+// equal parts, from another place in each, by the golden ratio: the same place would often be that
+// of one channel and one pixel, which is no sample.
 template <class T, class Get>
 Pilot<T> choose_pilot(int64_t n, const Get& get) {
   T samples[kPilotElements];
   int64_t count = 0;
   const int64_t num_elements = std::min(n, kPilotElements);
   for (int64_t k = 0; k < num_elements; ++k) {
-    const T x = get(k * n / num_elements);
+    const int64_t begin = k * n / num_elements, size = (k + 1) * n / num_elements - begin;
+    const double place = static_cast<double>(k) * kGoldenRatio;
+    const double share = place - static_cast<double>(static_cast<int64_t>(place));
+    const T x = get(begin + static_cast<int64_t>(static_cast<double>(size) * share));
     if (is_finite(x)) samples[count++] = x;
   }
   if (count == 0) return {};
@@ -122,15 +128,7 @@ class Accumulator {
         central_moments(static_cast<double>(num_finite_), static_cast<double>(pilot_.value),
                         powers_, static_cast<double>(min_), static_cast<double>(max_));
     std::copy_n(counts_, kNumCounts, partial->counts);
-    if (!histogram_ || !tables_) return;
-    for (int64_t b = 0; b < kNumBuckets; ++b) {
-      int64_t count = 0;
-      for (int64_t t = 0; t < kNumTables; ++t) count += tables_[t * kTableSize + b];
-      if (count > 0 && is_finite_bucket(static_cast<uint32_t>(b))) {
-        __atomic_fetch_add(histogram_ + b, count, __ATOMIC_RELAXED);
-      }
-    }
-    std::fill_n(tables_, kNumTables * kTableSize, 0);
+    if (tables_) move_tables(tables_, histogram_);
   }
 
  private:
@@ -274,9 +272,10 @@ class PiecePass {
     const int64_t num_rows = tensor_.channels == 1 ? tensor_.numel() : tensor_.outer;
     const bool is_alone = piece_.end - piece_.begin == num_rows;
     if (!args_.histogram) return {numel, pilot};
-    if (numel >= kFewValues) tables_.resize(kNumTables * kTableSize);
+    static thread_local LineVector<uint32_t> tables;  // empty between rows
+    if (numel >= kFewValues) tables.resize(kNumTables * kTableSize);
     int64_t* const histogram = args_.histogram + partials_[c].row * kNumBuckets;
-    return {numel, pilot, tables_.empty() ? nullptr : tables_.data(), histogram, is_alone};
+    return {numel, pilot, numel >= kFewValues ? tables.data() : nullptr, histogram, is_alone};
   }
 
   const T* load(int64_t begin, int64_t n) {
@@ -287,7 +286,6 @@ class PiecePass {
   const Piece& piece_;
   const StatsTensor& tensor_;
   Partial* const partials_;
-  LineVector<uint32_t> tables_;
   Block<T> block_;
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "../core/activation_stats.h"
 #include "simd.h"
@@ -40,6 +41,40 @@ struct StretchSums {
 inline constexpr int64_t kNumTables = 4;
 inline constexpr int64_t kTableSize = kNumBuckets + 256;
 
+// Adds the tables to a histogram, to which other threads may add, and empties them. Most buckets
+// are those of numbers that do not occur: vectors of them are passed over.
+inline void move_tables(uint32_t* tables, int64_t* histogram) {
+  constexpr int64_t kStep = 16;
+  for (int64_t begin = 0; begin < kNumBuckets; begin += kStep) {
+    uint32_t any[kStep] = {};
+    for (int64_t t = 0; t < kNumTables; ++t) {
+      for (int64_t k = 0; k < kStep; ++k) any[k] |= tables[t * kTableSize + begin + k];
+    }
+    uint32_t all = 0;
+    for (int64_t k = 0; k < kStep; ++k) all |= any[k];
+    if (all == 0) continue;
+    for (int64_t b = begin; b < begin + kStep; ++b) {
+      int64_t count = 0;
+      for (int64_t t = 0; t < kNumTables; ++t) {
+        count += std::exchange(tables[t * kTableSize + b], 0);
+      }
+      if (count > 0 && is_finite_bucket(static_cast<uint32_t>(b))) {
+        __atomic_fetch_add(histogram + b, count, __ATOMIC_RELAXED);
+      }
+    }
+  }
+}
+
+// What holds is -1. AVX-512 adds under a mask, as which it compares; AVX2 would add and choose.
+template <int kVectorBytes, class Mask>
+inline __attribute__((always_inline)) void count_if(const Mask& holds, Mask* count) {
+  if constexpr (kVectorBytes == 64) {
+    *count = holds ? *count + 1 : *count;
+  } else {
+    *count -= holds;
+  }
+}
+
 // Buckets are counted in the same loop if there are tables: they keep other parts of the CPU busy.
 template <int kVectorBytes, bool kHasTables, class T>
 inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __restrict values,
@@ -64,7 +99,8 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
     for (; i < end; i += kWidth) {
       if constexpr (kHasTables) {
         for (int64_t k = 0; k < kWidth; ++k) {
-          ++tables[k % kNumTables * kTableSize + bucket_of(values[i + k])];
+          uint32_t* const table = tables + k % kNumTables * kTableSize;
+          ++table[bucket_of(values[i + k])];
         }
       }
       Vector x;
@@ -80,8 +116,8 @@ inline __attribute__((always_inline)) StretchSums<T> sum_vectors(const T* __rest
       Vector magnitude;
       std::memcpy(&magnitude, &bits, sizeof(bits));
       t5 += magnitude;
-      num_negative = x < T(0) ? num_negative + 1 : num_negative;
-      num_zero = x == T(0) ? num_zero + 1 : num_zero;
+      count_if<kVectorBytes>(x < T(0), &num_negative);
+      count_if<kVectorBytes>(x == T(0), &num_zero);
       min = x < min ? x : min;
       max = x > max ? x : max;
     }
