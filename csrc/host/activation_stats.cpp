@@ -216,6 +216,40 @@ class StatsRows {
   ActivationStatsArgs args_{};
   std::mutex mutex_;
 };
+
+// add_output as a function of Python's own: the way through pybind11 takes 2 us between layers,
+// where nothing of it is in a cache, and this one half a microsecond.
+PyObject* call_add_output(PyObject* capsule, PyObject* const* args, Py_ssize_t num_args) {
+  if (num_args != 2) {
+    PyErr_SetString(PyExc_TypeError, "add_output takes an output and its row");
+    return nullptr;
+  }
+  const long row = PyLong_AsLong(args[1]);
+  if (row == -1 && PyErr_Occurred()) return nullptr;
+  auto* const rows = static_cast<StatsRows*>(PyCapsule_GetPointer(capsule, nullptr));
+  try {
+    return PyBool_FromLong(rows->add_output(args[0], static_cast<int32_t>(row)));
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+py::object add_output_of(const py::object& rows) {
+  static PyMethodDef definition = {
+      "add_output", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_add_output)),
+      METH_FASTCALL, nullptr};
+  const auto release = [](PyObject* capsule) {
+    Py_DECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule)));
+  };
+  const py::capsule capsule(rows.cast<StatsRows*>(), +release);
+  if (PyCapsule_SetContext(capsule.ptr(), py::object(rows).release().ptr()) != 0) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, capsule.ptr()));
+}
 #endif
 
 }  // namespace
@@ -228,7 +262,7 @@ void bind_activation_stats(py::module_& module) {
   py::class_<StatsRows>(module, "ActivationStatsRows")
       .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&,
                     const py::object&>())
-      .def("add_output", &StatsRows::add_output)
+      .def_property_readonly("add_output", &add_output_of)
       .def("add", &StatsRows::add)
       .def("add_grads", &StatsRows::add_grads)
       .def("take", &StatsRows::take);
