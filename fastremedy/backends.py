@@ -125,7 +125,7 @@ def active(stem: str, device: torch.device | str) -> str:
         raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
     chosen = choice()
     if chosen is not None:
-        _check_name(chosen)
+        _check_name(chosen, "FASTREMEDY_BACKEND")
         reason = reason_against(chosen, device)
         if reason is not None:
             raise RuntimeError(f"backend {chosen!r} was chosen but cannot run {stem}: {reason}")
@@ -140,9 +140,9 @@ def active(stem: str, device: torch.device | str) -> str:
     return "torch"
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, argument: str) -> None:
     if name not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 class use:
@@ -165,7 +165,7 @@ class use:
         """Switch to the backend."""
         global _chosen
         if name is not None:
-            _check_name(name)
+            _check_name(name, "backend")
             reason = available()[name]
             if reason is not None:
                 raise RuntimeError(f"backend {name!r} is not available: {reason}")

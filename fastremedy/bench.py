@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -324,7 +325,11 @@ def run(options: argparse.Namespace) -> int:
     """Print a line for every case: milliseconds of clip + AdamW step, and the ratio."""
     device = torch.device(options.device)
     torch.set_num_threads(NUM_THREADS)
-    backend = backends.active("adamw", device)
+    try:
+        backend = backends.active("adamw", device)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     print(f"clip + AdamW step on {device}, backend {backend}, {NUM_THREADS} threads, median ms")
     print(f"{'parameters':<16}{OURS:>12}{FUSED:>14}{FOREACH:>15}{'times faster':>14}")
     for case in cases(device):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ from .demo import (
     one_cycle,
     positive,
     progress_bar,
+    reason_against_picture,
     run_example,
 )
 from .nn import FocalLoss, class_balanced_alpha, fuse_
@@ -96,6 +98,10 @@ def run(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace, device: torch.device, backend: str) -> int:
     """Run the example."""
+    reason = reason_against_picture(options.out)
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 2
     data = load_digits(device)
     trainings = train_all(data, options.digit, options.epochs, options.seeds)
     title = (
@@ -197,12 +203,12 @@ def train(training: Training, data: Data, loss: Loss, epochs: int, seed: int) ->
         yield training.recall[-1]
 
 
-def spread(values: list[float | None]) -> str:
+def spread(values: list[float | None], sign: str = "±") -> str:
     """Return mean and standard deviation over seeds in percent; None is left out."""
     percent = [100 * value for value in values if value is not None]
     if not percent:
         return "none found"
-    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
+    deviation = f" {sign} {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
     return f"{statistics.mean(percent):.1f}{deviation}"
 
 
@@ -211,6 +217,8 @@ def print_trainings(trainings: Trainings, digit: int, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    sign = "+-" if console.options.ascii_only else "±"
     table = Table(title=title)
     table.add_column("percent", no_wrap=True)
     for heading in ("recall", "precision", "accuracy", "average precision"):
@@ -218,12 +226,11 @@ def print_trainings(trainings: Trainings, digit: int, title: str) -> None:
     for loss, of_loss in trainings.items():
         table.add_row(
             loss.name,
-            spread([training.recall[-1] for training in of_loss]),
-            spread([training.precision for training in of_loss]),
-            spread([training.accuracy for training in of_loss]),
-            spread([training.average_precision for training in of_loss]),
+            spread([training.recall[-1] for training in of_loss], sign),
+            spread([training.precision for training in of_loss], sign),
+            spread([training.accuracy for training in of_loss], sign),
+            spread([training.average_precision for training in of_loss], sign),
         )
-    console = Console()
     console.print(table)
     plain = trainings[LOSSES[0]]
     num_others, num_rare = plain[0].counts
@@ -272,5 +279,4 @@ def draw(trainings: Trainings, digit: int, path: Path) -> None:
     figure.legend(*lines, loc="outside lower center", ncols=len(trainings) + 1, frameon=False)
     seeds = f"{len(plain)} seeds: mean, and band from lowest to highest" if plain[1:] else "1 seed"
     figure.suptitle(f"digit {digit} made 1:{RATIO}, {seeds}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -149,7 +149,8 @@ assert fastremedy.backends.active("adamw", "cpu") == "torch"
 
 def test_unknown_backend_in_the_environment() -> None:
     result = run_python(TRAIN_A_STEP, FASTREMEDY_BACKEND="gpu")
-    assert "ValueError: backend must be one of cuda, triton, cpu, torch, got 'gpu'" in result.stderr
+    message = "ValueError: FASTREMEDY_BACKEND must be one of cuda, triton, cpu, torch, got 'gpu'"
+    assert message in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastremedy
 from fastremedy import __main__ as command_line
-from fastremedy import _native, backends, bench, demo, info
+from fastremedy import _native, backends, bench, demo, imbalance, info
 from fastremedy.optim import AdamW
 
 pytest.importorskip("sklearn", reason="the demo's packages are not installed")
@@ -127,12 +127,53 @@ def test_unavailable_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "backend 'cuda' is not available" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("missing", ["sklearn", "rich", "matplotlib"])
 def test_missing_extra(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == missing:
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(demo.Run, "step", fail)
     assert run_demo(tmp_path) == 2
     assert "pip install 'fastremedy[demo]'" in capsys.readouterr().err
+
+
+def fail(*_: object) -> None:
+    pytest.fail("it trains first")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("picture", "--out must end in .png or another of "),
+        ("picture.xyz", "--out must end in .png or another of "),
+        (".", "--out must end in .png or another of "),
+        ("folder.png", "--out must be a file that can be written, got [Errno 21] Is a directory"),
+        ("file/demo.png", "--out must be a file that can be written, got [Errno 17] File exists"),
+    ],
+)
+@pytest.mark.parametrize("command", ["demo", "imbalance"])
+def test_picture_that_cannot_be_written(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    out: str,
+    message: str,
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(demo, "train", fail)
+    monkeypatch.setattr(imbalance, "train", fail)
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main([command, "--device", "cpu", "--out", out]) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def run_info(**environment: str) -> str:
@@ -176,6 +217,15 @@ def test_bench_prints_every_case(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["3x5", "1x7"]
     assert all(float(field) > 0 for line in lines[2:] for field in line.split()[1:])
+
+
+def test_bench_with_a_backend_that_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "_environment", "gpu")
+    monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)
+    assert command_line.main(["bench", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("FASTREMEDY_BACKEND must be one of cuda")
 
 
 def test_bench_candidates_take_turns() -> None:

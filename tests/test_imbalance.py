@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_prints_table_and_draws(
     assert "last_stats of cross entropy: 13 of 1317 training images show digit 8" in out
     assert str(tmp_path / "made" / "imbalance.png") in out
     assert (tmp_path / "made" / "imbalance.png").read_bytes().startswith(PNG)
+
+
+def test_terminal_without_unicode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_network: None
+) -> None:
+    memory = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(memory, "ascii", write_through=True))
+    assert run_example(tmp_path, "--epochs", "1") == 0
+    assert b" +- " in memory.getvalue()
 
 
 def test_one_epoch_of_one_seed_of_another_digit(
