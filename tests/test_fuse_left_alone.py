@@ -159,6 +159,10 @@ LEFT_FORWARDS: list[tuple[str, Callable[[Any, Tensor], Tensor]]] = [
     ),
     ("forward of Forward: it changes attributes of a module", saves_input),
     ("forward of Forward: it changes attributes of a module", appends_input),
+    (
+        "forward of Forward: it uses a tensor that is no attribute of its modules",
+        lambda s, x: F.relu(s.bn(x) + torch.ones(())),
+    ),
     ("forward of Forward: it changes grad mode, autocast or what is saved", without_grad),
     ("forward of Forward: it changes grad mode, autocast or what is saved", with_autocast),
     ("forward of Forward: it changes grad mode, autocast or what is saved", checkpoints),

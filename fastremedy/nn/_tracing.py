@@ -68,7 +68,13 @@ class _Tracer(fx.Tracer):
         return _TensorProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, torch.Tensor):
+            known = (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs)
+            if not any(a is tensor for tensor in known):
+                raise NotTraceable("it uses a tensor that is no attribute of its modules")
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         # A graph does not show `with torch.no_grad():`.
