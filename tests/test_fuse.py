@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -217,6 +219,36 @@ def test_fake_tensors() -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
         assert fuse_(model).left == []
         assert model(torch.ones(2, 3, 5, 5)).shape == (2, 4, 3, 3)
+
+
+def test_others_train_meanwhile() -> None:
+    """As where a server loads a model: torch.fx shows a trace the calls of all threads."""
+    other = models.PreActivation().double()
+    expected = copy.deepcopy(other)(images())
+    outputs = []
+
+    def waits_for_another_thread(self: Any, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            outputs.append(pool.submit(other, images()).result())
+        return F.relu(self.bn(x))
+
+    assert fuse_(models.Forward(waits_for_another_thread)).left == []
+    assert len(outputs) == 2  # in training and evaluation
+    assert_same_bits(outputs[0], expected)
+
+
+def test_two_at_once() -> None:
+    several = [models.PreActivation() for _ in range(20)]
+    call, interval = nn.Module.__call__, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert [report.left for report in pool.map(fuse_, several)] == [[]] * 20
+    finally:
+        sys.setswitchinterval(interval)
+        is_as_before = nn.Module.__call__ is call
+        nn.Module.__call__ = call
+    assert is_as_before
 
 
 # --- one forward ---

@@ -7,6 +7,7 @@ import inspect
 import operator
 import random
 import sys
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import torch
 from torch import fx, nn
 
 from ._patterns import IN_PLACE
+
+_one_at_a_time = threading.RLock()  # torch.fx and this module patch what all threads share
 
 
 class NotTraceable(Exception):
@@ -60,6 +63,18 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.modes = _modes()
+        self.thread = threading.get_ident()
+
+    # torch.fx sees the calls of all threads.
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -105,7 +120,8 @@ def trace(module: nn.Module) -> fx.Graph:
             raise NotTraceable("it takes a variable number of arguments")
         if parameter.default is not parameter.empty:
             raise NotTraceable("it has optional arguments")
-    graphs = [_trace_in_mode(module, training) for training in (True, False)]
+    with _one_at_a_time:
+        graphs = [_trace_in_mode(module, training) for training in (True, False)]
     training, evaluation = (graph.python_code("self").src for graph in graphs)
     if training != evaluation:
         raise NotTraceable("it differs between training and evaluation, or without grad mode")
