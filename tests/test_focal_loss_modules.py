@@ -99,6 +99,9 @@ def test_made_where_there_are_no_values(form: str) -> None:
     with FakeTensorMode():
         module = MODULES[form](alpha=[0.1, 0.2, 0.7], reduction="sum")
         assert module(torch.ones(2, 3), torch.tensor([0, 1])).shape == ()
+        assert class_balanced_alpha([3, 4, 5], 0.9).shape == (3,)
+    with torch.device("meta"):
+        assert class_balanced_alpha([3, 4, 5], 0.9).is_meta
 
 
 @BOTH_FORMS

@@ -211,7 +211,7 @@ def class_balanced_alpha(counts: Tensor | Sequence[int], beta: float) -> Tensor:
     n = torch.as_tensor(counts).double()
     if n.dim() != 1:
         raise ValueError(f"counts must have one value for each class, got shape {list(n.shape)}")
-    if bool((n < 0).any()):
+    if not (n.is_meta or is_traced(n)) and bool((n < 0).any()):
         raise ValueError(f"counts must not be negative, got {n.min().item():g}")
     log_beta = math.log(beta) if beta > 0 else -math.inf
     effective = torch.where(n > 0, -torch.expm1(n * log_beta), torch.inf)
