@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import math
 import pickle
 import threading
 from collections.abc import Callable
@@ -256,18 +258,34 @@ def test_copies_continue_equally(
     optimizer = fastremedy.optim.AdamW(
         params, lr=0.1, max_grad_norm=1.0, nonfinite="skip", low_precision=low_precision
     )
+    optimizer.collect_stats = True
     grads = make_grads(params, 4)
+    grads[1][0][0] = grads[3][0][0] = math.nan
     train(optimizer, grads[:2])
     twins, twin = duplicate((params, optimizer))
     assert type(twin) is fastremedy.optim.AdamW
-    assert twin.max_grad_norm == 1.0
+    assert (twin.max_grad_norm, twin.collect_stats, twin.num_skipped) == (1.0, True, 1)
     train(optimizer, grads[2:])
+    assert twin.num_skipped == 1  # a count of its own
     train(twin, grads[2:])
+    assert twin.num_skipped == optimizer.num_skipped == 2
     for param, other in zip(params, twins, strict=True):
         assert param is not other
         assert_same_bits(param.detach(), other.detach())
         for name, value in optimizer.state[param].items():
             assert_same_bits(value, twin.state[other][name])
+
+
+def test_pickle_that_is_loaded_to_another_device(backend: str, device: torch.device) -> None:
+    params = make_params([(3,)], device=device)
+    optimizer = fastremedy.optim.AdamW(params, nonfinite="skip")
+    train(optimizer, make_grads(params, 1))
+    buffer = io.BytesIO()
+    torch.save(optimizer, buffer)
+    buffer.seek(0)
+    twin = torch.load(buffer, map_location="meta", weights_only=False)
+    assert [count.device for count in twin._num_skipped.values()] == [torch.device("meta")]
+    assert list(twin._num_skipped) == [torch.device("meta")]
 
 
 def test_named_parameters(backend: str, device: torch.device) -> None:

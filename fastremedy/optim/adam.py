@@ -123,7 +123,8 @@ class Adam(torch.optim.Adam):
     def num_skipped(self) -> int:
         """Number of steps left out so far; reading it waits for the device.
 
-        On several devices every step is counted once. A schedule that must not advance with a step
+        On several devices every step is counted once. Copies and pickles go on from it; the state
+        dict, which is torch's, does not hold it. A schedule that must not advance with a step
         that was skipped asks for it::
 
             skipped = optimizer.num_skipped
@@ -151,15 +152,17 @@ class Adam(torch.optim.Adam):
             raise ValueError(f"a parameter must be in a group once, got params[{twice}] again")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: options and torch's part, no tables."""
-        options = ("max_grad_norm", "norm_type", "nonfinite", "low_precision", "state_dtype")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in options}}
+        """Return what pickle and deepcopy keep: options, counts and torch's part, no tables."""
+        ours = ("norm_type", "nonfinite", "low_precision", "state_dtype", "collect_stats")
+        names = ("max_grad_norm", *ours, "_num_skipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and build tables anew at the next step."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_grad_norm", None)
-        self.__dict__.setdefault("_num_skipped", {})
+        counts = self.__dict__.get("_num_skipped", {}).values()  # torch.load may have moved them
+        self._num_skipped = {count.device: count for count in counts}
         self._tables = Tables()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
