@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastremedy
 
@@ -253,6 +254,20 @@ def test_meta_parameters(backend: str, device: torch.device) -> None:
             RuntimeError, match=f"backend '{backend}' was chosen but cannot run adamw"
         ):
             optimizer.step()
+
+
+@pytest.mark.parametrize("wrapper", ["none", "hook", "scheduler", "both"])
+def test_warning_of_torchs_update_names_the_caller(wrapper: str) -> None:
+    param = TwoTensor(torch.ones(2), torch.ones(2)).requires_grad_()
+    optimizer = fastremedy.optim.AdamW([param])
+    if wrapper in ("hook", "both"):
+        optimizer.register_step_post_hook(lambda *_: None)
+    if wrapper in ("scheduler", "both"):
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    param.sum().backward()
+    with pytest.warns(UserWarning, match="run torch's own update") as warned:
+        optimizer.step()
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 @pytest.mark.parametrize(

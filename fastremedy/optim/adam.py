@@ -231,7 +231,7 @@ class Adam(torch.optim.Adam):
         if not self._tables.are_built and torch_step.is_needed(self.param_groups):
             if (self.max_grad_norm, self.nonfinite, self.low_precision) != _NO_EXTRAS:
                 raise RuntimeError(torch_step.REFUSAL)
-            warnings.warn(torch_step.WARNING, stacklevel=5)  # the caller, past torch's wrappers
+            torch_step.warn()
             return torch_step.step(self, closure)
         loss = None
         if closure is not None:
