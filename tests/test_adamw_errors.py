@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastremedy
@@ -268,6 +269,27 @@ def test_warning_of_torchs_update_names_the_caller(wrapper: str) -> None:
     with pytest.warns(UserWarning, match="run torch's own update") as warned:
         optimizer.step()
     assert [warning.filename for warning in warned] == [__file__]
+
+
+@pytest.mark.parametrize("low_precision", [None, "stochastic", "kahan", "master"])
+def test_fake_parameters(low_precision: str | None) -> None:
+    """As where the memory of a training step is estimated, whatever would run it."""
+    with FakeTensorMode():
+        params = [
+            torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((4,), (2, 3))
+        ]
+        optimizer = fastremedy.optim.AdamW(
+            params, max_grad_norm=1.0, nonfinite="skip", low_precision=low_precision
+        )
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        assert isinstance(optimizer.grad_norm, FakeTensor)
+        for param in params:
+            for name, value in optimizer.state[param].items():
+                assert isinstance(value, FakeTensor)
+                assert value.shape == (() if name == "step" else param.shape)
 
 
 @pytest.mark.parametrize(

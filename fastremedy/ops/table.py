@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _native
 from . import adamw as definition
@@ -68,7 +69,12 @@ def one_of_each_storage(steps: list[Tensor]) -> list[Tensor]:
     Steps that lie in one vector are given other memory all at once, if at all: to look at each of
     1000 takes 0.3 ms where they are in no cache.
     """
-    return list({step.untyped_storage().data_ptr(): step for step in steps}.values())
+    return list({step.untyped_storage()._cdata: step for step in steps}.values())
+
+
+def address_of(tensor: Tensor) -> int:
+    """Return where the elements are; 0 where there are none, as in a FakeTensor, which warns."""
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 class NativeTable:
@@ -190,10 +196,10 @@ class PythonTable:
             if isinstance(values, dict):  # torch lets users keep anything in `state`
                 signature += [id(value) for value in values.values()]
         columns = self._rows.columns
-        signature += [(p.data_ptr(), p.shape, p.stride()) for p in columns.params]
+        signature += [(address_of(p), p.shape, p.stride()) for p in columns.params]
         moments = (columns.exp_avgs, columns.exp_avg_sqs, columns.max_exp_avg_sqs)
         states = (*moments, columns.residuals, self._steps)
-        signature += [t.data_ptr() for column in states for t in column if t is not None]
+        signature += [address_of(t) for column in states for t in column if t is not None]
         return signature
 
     def gather(

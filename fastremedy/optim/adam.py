@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops.adamw import Options
 from . import hooks, torch_step
@@ -95,7 +96,8 @@ class Adam(torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         if low_precision == "stochastic":
-            seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
+            with _disable_current_modes():  # a FakeTensor has no value
+                seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
             self.defaults["noise_seed"] = seed
             for group in self.param_groups:
                 group["noise_seed"] = seed

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import shards
 from ..ops.adamw import Columns
 from ..ops.dispatch import KERNEL_DTYPES, is_dense
-from ..ops.table import Group, Rows
+from ..ops.table import Group, Rows, address_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -72,7 +72,7 @@ class LocalRows(Rows):
         if not memory.is_complex() or row in self._repacked:
             return True
         has_same_strides = work.stride()[:-1] == tuple(2 * stride for stride in memory.stride())
-        return has_same_strides and memory.data_ptr() == work.data_ptr()
+        return has_same_strides and address_of(memory) == address_of(work)
 
     @functools.cached_property
     def _repacked(self) -> frozenset[int]:
@@ -80,7 +80,7 @@ class LocalRows(Rows):
         return frozenset(
             i
             for i, (memory, work, indirect) in enumerate(works)
-            if indirect and work.data_ptr() != memory.data_ptr()
+            if indirect and address_of(work) != address_of(memory)
         )
 
     def packed(self) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from .. import backends
@@ -98,7 +99,7 @@ class Tables:
         for group in param_groups:
             for param in group["params"]:
                 if param.device not in chosen:
-                    chosen[param.device] = backends.active("adamw", param.device)
+                    chosen[param.device] = _backend_for(param)
                 check_param(param, param_groups)
                 if param.grad is not None:
                     if not fits(param, param.grad):
@@ -119,6 +120,12 @@ class Tables:
             rows = make_rows(param_groups, state, device, low_precision)
             tables.append((rows, make_table(backend, rows, param_groups, state)))
         return tables
+
+
+def _backend_for(param: Tensor) -> str:
+    # Where the memory of a training step is estimated there is none for kernels.
+    is_fake = isinstance(shards.local(param), FakeTensor)
+    return "torch" if is_fake else backends.active("adamw", param.device)
 
 
 def _takes(table: Table, row: int, grad: Tensor) -> bool:
