@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastremedy
@@ -219,6 +220,30 @@ def test_fake_tensors() -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
         assert fuse_(model).left == []
         assert model(torch.ones(2, 3, 5, 5)).shape == (2, 4, 3, 3)
+
+
+def test_compile_of_many_alike_with_graph_breaks() -> None:
+    """Their forwards are compiled once, as those of stock modules: torch.compile stops after 8."""
+
+    class Chain(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self:
+                x = block(x)
+                torch._dynamo.graph_break()
+            return x
+
+    def block(activation: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), activation).double()
+
+    model = Chain(*(block(nn.SiLU() if i % 4 else nn.ReLU()) for i in range(12)))
+    expected = copy.deepcopy(model)
+    assert fuse_(model).left == []
+    counter = CompileCounter()
+    torch.compiler.reset()
+    with torch.no_grad():
+        actual = torch.compile(model, backend=counter)(images())
+        torch.testing.assert_close(actual, expected(images()))
+    assert counter.frame_count == 2  # of two activations
 
 
 def test_others_train_meanwhile() -> None:

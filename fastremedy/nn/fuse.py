@@ -8,6 +8,7 @@ original forward stays right, and it runs whenever something that the trace reli
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -254,7 +255,7 @@ class _FusedForward:
 
     def _compile(self) -> Callable[..., Any]:
         namespace: dict[str, Any] = {**_common_names(), **self.names}
-        exec(compile(self.source, "<forward rewritten by fastremedy.nn.fuse_>", "exec"), namespace)
+        exec(_code(self.source), namespace)
         return cast(Callable[..., Any], namespace["forward"])
 
     def _holds(self, arguments: tuple[Any, ...]) -> bool:
@@ -265,6 +266,12 @@ class _FusedForward:
             and all(isinstance(m, FusedBatchNorm) for m in self.norms)
             and not any(has_hooks(m) for m in self.watched)
         )
+
+
+@functools.cache
+def _code(source: str) -> CodeType:
+    """Compile a forward, once for modules that are alike: torch.compile knows them by the code."""
+    return compile(source, "<forward rewritten by fastremedy.nn.fuse_>", "exec")
 
 
 def _common_names() -> dict[str, Any]:
