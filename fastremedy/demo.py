@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from . import backends
 from .nn import fuse_
 from .optim import AdamW
+from .picture import can_be_written
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -95,9 +96,7 @@ def run_example(
 
 def compare(options: argparse.Namespace, device: torch.device, backend: str) -> int:
     """Run the demo."""
-    reason = reason_against_picture(options.out)
-    if reason is not None:
-        print(reason, file=sys.stderr)
+    if not can_be_written(options.out):
         return 2
     comparison = train(load_digits(device), options.epochs, device)
     print_comparison(comparison, backend, device)
@@ -106,24 +105,6 @@ def compare(options: argparse.Namespace, device: torch.device, backend: str) -> 
     if not comparison.is_rounding:
         print("the loss curves differ by more than rounding: please report this", file=sys.stderr)
     return int(not comparison.is_rounding)
-
-
-def reason_against_picture(path: Path) -> str | None:
-    """Return why a picture cannot be written there, or None: training before it takes minutes."""
-    from matplotlib.figure import Figure
-
-    endings = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in endings:  # matplotlib would add one
-        return f"--out must end in .png or another of {', '.join(endings)}, got {path}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        path.open("ab").close()
-    except OSError as error:
-        return f"--out must be a file that can be written, got {error}"
-    if is_new:
-        path.unlink()
-    return None
 
 
 @dataclass

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +43,11 @@ from .demo import (
     one_cycle,
     positive,
     progress_bar,
-    reason_against_picture,
     run_example,
 )
 from .nn import FocalLoss, class_balanced_alpha, fuse_
 from .optim import AdamW
+from .picture import can_be_written
 
 RATIO = 100  # training images of other digits for one of the rare
 GAMMA = 2.0
@@ -98,9 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace, device: torch.device, backend: str) -> int:
     """Run the example."""
-    reason = reason_against_picture(options.out)
-    if reason is not None:
-        print(reason, file=sys.stderr)
+    if not can_be_written(options.out):
         return 2
     data = load_digits(device)
     trainings = train_all(data, options.digit, options.epochs, options.seeds)
