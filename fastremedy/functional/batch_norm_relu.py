@@ -271,15 +271,18 @@ def _run_kernels(
     tensors: dispatch.ForwardTensors, options: dispatch.Options, group: Any, backend: str | None
 ) -> tuple[Tensor, RawStats | None]:
     """Run kernels on tensors that have one layout; tracers see operators instead."""
-    needs_grad = _needs_grad(tensors)
-    if needs_grad and tensors[1] is not None and options.activation in SIGN_IS_ENOUGH:
+    if not _needs_grad(tensors):
+        result = run_forward(tensors, options, group, backend)
+        return _record(tensors, options, result, group, backend, needs_grad=False)
+    if tensors[1] is not None and options.activation in SIGN_IS_ENOUGH:
         options = options._replace(wants_mask=True)
-    if needs_grad and backend is None:
+    if backend is None:
         results: Any = TracedBatchNormReLU.apply(*tensors, options, group)  # type: ignore[no-untyped-call]
         output, saved, dead = results if options.wants_dead else (results, None, None)
         return output, _raw_stats(tensors[0], saved, dead)
-    result = run_forward(tensors, options, group, backend)
-    return _record(tensors, options, result, group, backend, needs_grad)
+    with torch.no_grad():  # the definition's kernels are operators of torch
+        result = run_forward(tensors, options, group, backend)
+    return _record(tensors, options, result, group, backend, needs_grad=True)
 
 
 def _record(
