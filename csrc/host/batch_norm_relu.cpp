@@ -13,9 +13,7 @@
 #endif
 
 namespace fastremedy::host {
-namespace {
-
-BatchNormShape shape_of(const DLTensor& input, bool channels_last) {
+BatchNormShape batch_norm_shape_of(const DLTensor& input, bool channels_last) {
   BatchNormShape shape{};
   shape.batch = input.shape[0];
   shape.channels = input.shape[1];
@@ -25,6 +23,8 @@ BatchNormShape shape_of(const DLTensor& input, bool channels_last) {
   shape.dtype = floating_dtype_of(input, "input");
   return shape;
 }
+
+namespace {
 
 #if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
 // Addresses of counters and partial sums, which CUDA kernels need.
@@ -37,8 +37,8 @@ cuda::BatchNormScratch scratch_of(const py::args& scratch) {
 // How many counters and bytes of partial sums the CUDA kernels need for an input.
 std::pair<size_t, size_t> scratch_size(py::handle input, bool channels_last) {
 #if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
-  const cuda::BatchNormScratchSize size =
-      cuda::batch_norm_scratch_size(shape_of(require_tensor(input, "input"), channels_last));
+  const cuda::BatchNormScratchSize size = cuda::batch_norm_scratch_size(
+      batch_norm_shape_of(require_tensor(input, "input"), channels_last));
   return {size.num_counters, size.partial_bytes};
 #else
   static_cast<void>(input);
@@ -58,7 +58,7 @@ void batch_norm_relu_forward(py::handle input, bool channels_last, py::handle re
                              double negative_slope, const py::args& scratch) {
   const DLTensor view = require_tensor(input, "input");
   BatchNormForwardArgs args{};
-  args.shape = shape_of(view, channels_last);
+  args.shape = batch_norm_shape_of(view, channels_last);
   args.phase = static_cast<BatchNormPhase>(phase);
   args.activation = static_cast<Activation>(activation);
   args.training = training;
@@ -102,7 +102,7 @@ void batch_norm_relu_backward(py::handle grad_output, py::handle input, bool cha
                               int activation, double negative_slope, const py::args& scratch) {
   const DLTensor view = require_tensor(input, "input");
   BatchNormBackwardArgs args{};
-  args.shape = shape_of(view, channels_last);
+  args.shape = batch_norm_shape_of(view, channels_last);
   args.phase = static_cast<BatchNormPhase>(phase);
   args.activation = static_cast<Activation>(activation);
   args.training = training;

@@ -2,9 +2,12 @@
 
 #include <optional>
 
+#include "../core/arguments.h"
 #include "dlpack.h"
 
 namespace fastremedy::host {
+
+BatchNormShape batch_norm_shape_of(const DLTensor& input, bool channels_last);
 
 // Run kernels; the definition in fastremedy/ops/batch_norm_relu.py says what the arguments are.
 void batch_norm_relu_forward(py::handle input, bool channels_last, py::handle residual,

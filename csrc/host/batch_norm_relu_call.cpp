@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "../core/arguments.h"
 #include "batch_norm_relu.h"
 #include "device.h"
 #include "results.h"
@@ -13,12 +12,15 @@
 namespace fastremedy::host {
 namespace {
 
+// Of torch, kept for good.
+PyObject* attribute(const char* module, const char* name) {
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
 // torch.Tensor or torch.nn.Parameter: other types may mean something else by their elements.
 bool has_plain_type(py::handle tensor) {
-  const auto type_of = [](const char* module, const char* name) {
-    return py::object(py::module_::import(module).attr(name)).release().ptr();
-  };
-  static PyObject* const types[] = {type_of("torch", "Tensor"), type_of("torch.nn", "Parameter")};
+  static PyObject* const types[] = {attribute("torch", "Tensor"),
+                                    attribute("torch.nn", "Parameter")};
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
   return type == types[0] || type == types[1];
 }
@@ -91,25 +93,15 @@ bool takes(const DLTensor& view, DType dtype, bool channels_last, py::handle res
 
 // --- memory for what is written ---
 
-py::object torch_attribute(const char* module, const char* name) {
-  return py::module_::import(module).attr(name);
-}
-
-py::object call(PyObject* function, py::handle argument) {
-  PyObject* result = PyObject_CallOneArg(function, argument.ptr());
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
 // For gradients of weight and bias.
 py::object new_vector(py::handle values, bool is_wanted) {
-  static PyObject* const empty_like = torch_attribute("torch", "empty_like").release().ptr();
-  return is_wanted && !values.is_none() ? call(empty_like, values) : py::none();
+  if (!is_wanted || values.is_none()) return py::none();
+  return new_like(values, require_tensor(values, "values"));
 }
 
 // [4, C], float32 or float64.
 py::object new_saved(py::handle input, int64_t channels, DType dtype) {
-  static PyObject* const float32 = torch_attribute("torch", "float32").release().ptr();
+  static PyObject* const float32 = attribute("torch", "float32");
   if (dtype != DType::kFloat32 && dtype != DType::kFloat64) {
     return input.attr("new_empty")(4, channels, py::arg("dtype") = py::handle(float32));
   }
@@ -121,18 +113,15 @@ py::object new_saved(py::handle input, int64_t channels, DType dtype) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-// A bit of every element, in rows that begin with a new byte.
-py::object new_mask(py::handle input, const DLTensor& view, bool channels_last) {
-  static PyObject* const uint8 = torch_attribute("torch", "uint8").release().ptr();
-  int64_t places = 1;
-  for (int32_t d = 2; d < view.ndim; ++d) places *= view.shape[d];
-  const int64_t row = channels_last ? view.shape[1] : places;
-  const int64_t rows = view.shape[0] * (channels_last ? places : view.shape[1]);
-  return input.attr("new_empty")(rows, (row + 7) / 8, py::arg("dtype") = py::handle(uint8));
+// A bit of every element.
+py::object new_mask(py::handle input, const BatchNormShape& shape) {
+  static PyObject* const uint8 = attribute("torch", "uint8");
+  return input.attr("new_empty")(shape.num_rows(), shape.mask_row_size(),
+                                 py::arg("dtype") = py::handle(uint8));
 }
 
 py::object new_dead(py::handle input, int64_t channels) {
-  static PyObject* const int64 = torch_attribute("torch", "int64").release().ptr();
+  static PyObject* const int64 = attribute("torch", "int64");
   return input.attr("new_zeros")(channels, py::arg("dtype") = py::handle(int64));
 }
 
@@ -142,13 +131,12 @@ py::args scratch_of(const py::object& scratch, py::handle input, bool channels_l
 }
 
 void increment_versions(py::handle a, py::handle b, py::handle c) {
-  static PyObject* const increment =
-      torch_attribute("torch.autograd.graph", "increment_version").release().ptr();
+  static const py::handle increment = attribute("torch.autograd.graph", "increment_version");
   py::list changed;
   for (const py::handle tensor : {a, b, c}) {
     if (!tensor.is_none()) changed.append(tensor);
   }
-  if (!changed.empty()) call(increment, changed);
+  if (!changed.empty()) increment(changed);
 }
 
 // --- the two passes ---
@@ -171,7 +159,8 @@ py::object run_forward(py::handle input, py::handle residual, py::handle weight,
   }
   const py::object output = new_like(input, view);
   const py::object saved = new_saved(input, view.shape[1], dtype);
-  const py::object mask = wants_mask ? new_mask(input, view, channels_last) : py::none();
+  const py::object mask =
+      wants_mask ? new_mask(input, batch_norm_shape_of(view, channels_last)) : py::none();
   const py::object dead = wants_dead ? new_dead(input, view.shape[1]) : py::none();
   batch_norm_relu_forward(input, channels_last, residual, output, mask, dead, saved, weight, bias,
                           running_mean, running_var, num_batches_tracked, py::none(),
