@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -27,6 +29,42 @@ def test_gradients_swapped_between_parameters(backend: str, device: torch.device
         optimizer.step()
 
     assert_like_torch(make_params([(3,), (3,)], device=device), drive)
+
+
+class Memory(bytearray):
+    """Memory that tells, by a weak reference, whether a tensor still holds it."""
+
+
+def give_memory(param: torch.Tensor) -> weakref.ref[Memory]:
+    memory = Memory(4 * param.numel())
+    param.grad = torch.frombuffer(memory, dtype=torch.float32).view(param.shape)
+    return weakref.ref(memory)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+def test_step_lets_go_of_gradients(backend: str) -> None:
+    params = make_params([(3,), (4, 5)])
+    optimizer = fastremedy.optim.AdamW(params, max_grad_norm=1.0)
+    for _ in range(3):
+        memories = [give_memory(param) for param in params]
+        optimizer.step()
+        assert all(memory() is not None for memory in memories)
+        optimizer.zero_grad()
+        assert [memory() for memory in memories] == [None, None]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+def test_gradients_set_to_none_after_a_step_has_read_them(backend: str) -> None:
+    # As another thread may do it.
+    params = make_params([(3,), (4, 5)])
+    optimizer = fastremedy.optim.AdamW(params)
+    give_grads(params)
+    optimizer.step()
+    memories = [give_memory(param) for param in params]
+    tables = optimizer._tables.gather(optimizer.param_groups, optimizer.state, "nearest", None)
+    optimizer.zero_grad()
+    assert all(memory() is not None for memory in memories)
+    assert len(tables) == 1
 
 
 def test_parameter_data_reassigned(backend: str, device: torch.device) -> None:

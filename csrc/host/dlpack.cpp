@@ -39,8 +39,12 @@ class GradGetter {
   }
 
   PyObject* get(PyObject* tensor) {
+    return fits(tensor) ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
+  }
+
+  bool fits(PyObject* tensor) {
     if (Py_TYPE(tensor) != known_type_) learn(Py_TYPE(tensor));
-    return is_plain_ ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
+    return is_plain_;
   }
 
  private:
@@ -61,11 +65,17 @@ class GradGetter {
   bool is_plain_ = false;
 };
 
+GradGetter& grad_getter() {
+  static GradGetter* const getter = new GradGetter;
+  return *getter;
+}
+
 }  // namespace
 
+bool has_plain_grad(PyObject* tensor) { return grad_getter().fits(tensor); }
+
 py::object grad_of(PyObject* tensor) {
-  static GradGetter* const getter = new GradGetter;
-  PyObject* grad = getter->get(tensor);
+  PyObject* grad = grad_getter().get(tensor);
   if (grad == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(grad);
 }

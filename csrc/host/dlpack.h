@@ -24,6 +24,9 @@ bool has_minus_sign(PyObject* tensor);
 // with stride 2, dense only if there is one element. Others are not asked.
 bool is_negated(PyObject* tensor, int64_t numel);
 
+// Whether `.grad` is torch's own attribute, which a subclass can replace.
+bool has_plain_grad(PyObject* tensor);
+
 // Returns tensor.grad, a new reference.
 py::object grad_of(PyObject* tensor);
 
