@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <optional>
 
 #include "batch_norm_relu.h"
 #include "device.h"
@@ -99,30 +101,40 @@ py::object new_vector(py::handle values, bool is_wanted) {
   return new_like(values, require_tensor(values, "values"));
 }
 
-// [4, C], float32 or float64.
-py::object new_saved(py::handle input, int64_t channels, DType dtype) {
-  static PyObject* const float32 = attribute("torch", "float32");
-  if (dtype != DType::kFloat32 && dtype != DType::kFloat64) {
-    return input.attr("new_empty")(4, channels, py::arg("dtype") = py::handle(float32));
-  }
-  static PyObject* const name = PyUnicode_InternFromString("new_empty");
-  const py::int_ rows(4), columns(channels);
-  PyObject* const arguments[] = {input.ptr(), rows.ptr(), columns.ptr()};
-  PyObject* result = PyObject_VectorcallMethod(name, arguments, 3, nullptr);
+// What new_empty and new_zeros of torch return: a vector without columns, of the input's dtype
+// without one, which takes half as long.
+py::object new_tensor(PyObject* method, py::handle input, int64_t rows,
+                      std::optional<int64_t> columns, PyObject* dtype) {
+  static PyObject* const names = py::make_tuple("dtype").release().ptr();
+  const py::int_ sizes[] = {rows, columns.value_or(0)};
+  std::array<PyObject*, 4> arguments = {input.ptr(), sizes[0].ptr(), sizes[1].ptr()};
+  const size_t count = columns ? 3 : 2;
+  arguments[count] = dtype;
+  PyObject* result = PyObject_VectorcallMethod(method, arguments.data(), count,
+                                               dtype == nullptr ? nullptr : names);
   if (result == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
 }
 
+// [4, C], float32 or float64.
+py::object new_saved(py::handle input, int64_t channels, DType dtype) {
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  static PyObject* const float32 = attribute("torch", "float32");
+  const bool is_wide = dtype == DType::kFloat32 || dtype == DType::kFloat64;
+  return new_tensor(new_empty, input, 4, channels, is_wide ? nullptr : float32);
+}
+
 // A bit of every element.
 py::object new_mask(py::handle input, const BatchNormShape& shape) {
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
   static PyObject* const uint8 = attribute("torch", "uint8");
-  return input.attr("new_empty")(shape.num_rows(), shape.mask_row_size(),
-                                 py::arg("dtype") = py::handle(uint8));
+  return new_tensor(new_empty, input, shape.num_rows(), shape.mask_row_size(), uint8);
 }
 
 py::object new_dead(py::handle input, int64_t channels) {
+  static PyObject* const new_zeros = PyUnicode_InternFromString("new_zeros");
   static PyObject* const int64 = attribute("torch", "int64");
-  return input.attr("new_zeros")(channels, py::arg("dtype") = py::handle(int64));
+  return new_tensor(new_zeros, input, channels, std::nullopt, int64);
 }
 
 // Addresses that CUDA kernels need beside, and what owns them; `scratch` is None on a CPU.

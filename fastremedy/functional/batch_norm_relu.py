@@ -278,7 +278,9 @@ def _run_kernels(
         options = options._replace(wants_mask=True)
     if backend is None:
         results: Any = TracedBatchNormReLU.apply(*tensors, options, group)  # type: ignore[no-untyped-call]
-        output, saved, dead = results if options.wants_dead else (results, None, None)
+        if not options.wants_dead:
+            return results, None
+        output, saved, dead = results
         return output, _raw_stats(tensors[0], saved, dead)
     with torch.no_grad():  # the definition's kernels are operators of torch
         result = run_forward(tensors, options, group, backend)
@@ -299,13 +301,11 @@ def _record(
         input, residual, weight, bias = tensors[:4]
         order = mask is not None and is_channels_last(input)
         output = apply(input, residual, weight, bias, result, (options, group, backend, order))
-    return output, _raw_stats(tensors[0], saved, dead)
+    return output, None if dead is None else _raw_stats(tensors[0], saved, dead)
 
 
-def _raw_stats(input: Tensor, saved: Tensor | None, dead: Tensor | None) -> RawStats | None:
-    if saved is None or dead is None:
-        return None
-    return RawStats(saved, dead, input.numel() // input.shape[1])
+def _raw_stats(input: Tensor, saved: Tensor, dead: Tensor) -> RawStats:
+    return RawStats(saved, dead, input.numel() // input.size(1))
 
 
 def _describe(tensor: Tensor) -> str:

@@ -242,10 +242,11 @@ def has_hooks(module: nn.Module) -> bool:
 
     Hooks that say ``is_passive`` only look, and may as well see the fused output.
     """
-    hooks = module._forward_hooks.values()
+    for hook in module._forward_hooks.values():
+        if not getattr(hook, "is_passive", False):
+            return True
     return bool(
-        (hooks and not all(getattr(hook, "is_passive", False) for hook in hooks))
-        or module._forward_pre_hooks
+        module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..functional.batch_norm_relu import BatchNormStats, RawStats, batch_norm_relu_with_stats
 from ..ops.batch_norm_relu import check_activation
@@ -21,7 +22,7 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
     negative_slope: float
     collect_stats = False
     _last: RawStats | None = None
-    _watch: Callable[[RawStats], None] | None = None  # of a monitor
+    _watch: Sequence[tuple[Callable[[int, RawStats], None], int]] = ()  # monitors, their rows
     _is_fused = False  # by fuse_: a plain BatchNorm to everybody but its owner
 
     def __init__(
@@ -86,8 +87,9 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
         )
         if stats is not None:
             vars(self)["_last"] = stats  # Module.__setattr__ would take a microsecond
-            if self._watch is not None and not torch.compiler.is_compiling():
-                self._watch(stats)
+            if not is_dynamo_compiling():
+                for see, row in self._watch:
+                    see(row, stats)
         return output
 
     def _tensors(self) -> tuple[Tensor | None, ...]:

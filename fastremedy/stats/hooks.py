@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
@@ -24,8 +23,6 @@ from .recorder import Recorder
 from .selection import Layer, uncalled
 
 StepHook = Callable[[Optimizer, Any, Any], None]
-
-_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 
 _OURS = ("collect_stats", "_last", "_watch")
 
@@ -64,21 +61,16 @@ class Hook:
         return Hook, ()
 
 
-class Watch:
-    """Shows monitors what a module of ours measures. A copy, as of a copied module, shows nobody.
+class Watch(list[tuple[Callable[[int, RawStats], None], int]]):
+    """Who sees what a module of ours measures, as which row. A copy, as of the module, is empty.
 
     It also keeps what the module was like before.
     """
 
     def __init__(self, before: dict[str, Any] | None = None) -> None:
-        """Show nobody yet."""
+        """Be nobody yet."""
+        super().__init__()
         self.before = before or {}
-        self.watching: list[tuple[Callable[[int, RawStats], None], int]] = []
-
-    def __call__(self, raw: RawStats) -> None:
-        """Show it to all who watch."""
-        for see, row in self.watching:
-            see(row, raw)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """Return one that nobody watches."""
@@ -98,7 +90,6 @@ class Hooks:
         layers: list[Layer],
         recorder: Recorder,
         see_output: Callable[[int, Any], None],
-        see_fused: Callable[[int, RawStats], None],
         around_step: tuple[StepHook, StepHook],
     ) -> None:
         """Install nothing yet."""
@@ -106,12 +97,10 @@ class Hooks:
         self._layers = layers
         self._recorder = recorder
         self._see_output = see_output
-        self._see_fused = see_fused
         self._around_step = around_step
         self._on_steps: list[RemovableHandle] = []
         self._on_outputs: dict[int, RemovableHandle] = {}
         self._fused: dict[int, tuple[_BatchNormReLU, Watch]] = {}
-        self._known: dict[int, RawStats | None] = {}
         # Norms, and their classes, which fuse_ and unfuse_ change.
         self._norms: list[nn.Module] = []
         self._classes: list[type[nn.Module]] = []
@@ -139,13 +128,13 @@ class Hooks:
         for row, module in enumerate(modules):
             if isinstance(module, _BatchNormReLU) and module.training:
                 watch = module._watch
-                if not isinstance(watch, Watch) or not watch.watching:  # by another monitor
+                if not isinstance(watch, Watch) or not watch:  # by another monitor
                     state = vars(module)
                     watch = Watch({name: state[name] for name in _OURS if name in state})
                     module._watch, module.collect_stats = watch, True
-                watch.watching.append((self._see_fused, row))
+                watch.append((self._recorder.see_fused, row))
                 self._fused[row] = module, watch
-                self._known[row] = module._last
+                self._recorder.known[row] = module._last
             else:
                 self._hook(row)
         self.see_fused_outputs(sees_fused)
@@ -190,31 +179,23 @@ class Hooks:
                 handle.remove()
             self._on_outputs = {}
         for row, (module, watch) in self._fused.items():
-            watch.watching.remove((self._see_fused, row))
-            if not watch.watching:
+            watch.remove((self._recorder.see_fused, row))
+            if not watch:
                 _restore(module, watch)
         self._on_steps, self._fused = [], {}
 
-    def pass_over(self, row: int, raw: RawStats) -> None:
-        """Know something that does not count."""
-        self._known[row] = raw
-
-    @property
-    def num_fused(self) -> int:
-        """Number of modules that measure by themselves."""
-        return len(self._fused)
-
-    def unseen(self, rows: list[int], before: dict[int, int]) -> Iterator[tuple[int, RawStats]]:
-        """Yield what modules of other rows have measured in compiled code, where no hook runs.
-
-        ``before`` holds the id of what rows had shown in the step before: it is not new.
-        """
+    def show_unseen(self) -> None:
+        """Show the recorder what modules have measured in compiled code, where no hook runs."""
+        recorder = self._recorder
+        if len(recorder.fused) >= len(self._fused):
+            return
+        seen = {row for row, _ in recorder.fused}
         for row, (module, _) in self._fused.items():
             last = getattr(module, "_last", None)  # a plain BatchNorm after unfuse_
-            if row not in rows and last is not None and last is not self._known[row]:
-                self._known[row] = last
-                if id(last) != before.get(row):
-                    yield row, last
+            if row not in seen and last is not None and last is not recorder.known[row]:
+                recorder.known[row] = last
+                if id(last) != recorder.fused_before.get(row):
+                    recorder.fused.append((row, last))
 
 
 def _restore(module: _BatchNormReLU, watch: Watch) -> None:
@@ -228,14 +209,6 @@ def _restore(module: _BatchNormReLU, watch: Watch) -> None:
     for name in _OURS:
         state.pop(name, None)
     state.update(watch.before)
-
-
-def is_watched(output_of: nn.Module) -> bool:
-    """Whether a call of a module counts: in training, and not for the second time.
-
-    Checkpointing calls modules again in the backward pass, with the same results.
-    """
-    return output_of.training and _graph_task() == -1
 
 
 def leaves_grads(optimizer: Optimizer) -> bool:

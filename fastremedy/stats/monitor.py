@@ -14,13 +14,12 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from .. import clip
-from ..functional.batch_norm_relu import RawStats
 from ..optim import Adam
 from . import jsonlines, plot, table, tensorboard
 from .courier import Courier
 from .history import History, Rows
-from .hooks import Hooks, is_watched, leaves_grads
-from .recorder import Recorder
+from .hooks import Hooks, leaves_grads
+from .recorder import Recorder, is_watched
 from .report import COLUMNS, Report
 from .selection import Pattern, as_patterns, layers_of, parameters_of, tensors_in
 from .silence import Listener
@@ -149,8 +148,7 @@ class Monitor:
         self._history = History(rows, history)
         self._listener = Listener(model, rows)
         around_step = self._before_step, self._after_step
-        see = self._see_output, self._see_fused
-        self._hooks = Hooks(model, layers, self._recorder, *see, around_step)
+        self._hooks = Hooks(model, layers, self._recorder, self._see_output, around_step)
         self._is_attached = False
         self._num_steps = 0
         self._num_monitored = 0
@@ -211,10 +209,7 @@ class Monitor:
             raise RuntimeError("the monitor is not attached: call attach() or use `with`")
         if self._hooks.are_installed:
             self._read_params(self._params)
-            seen = self._recorder.fused_rows
-            if len(seen) < self._hooks.num_fused:
-                for row, raw in self._hooks.unseen(seen, self._recorder.fused_before):
-                    self._recorder.add_fused(row, raw)
+            self._hooks.show_unseen()
             num_rows, rows_with_histogram = self._rows.first_weight, []
             if self._is_full:
                 num_rows, rows_with_histogram = self._rows.count, self._rows.saturating
@@ -266,12 +261,6 @@ class Monitor:
             self._recorder.add([tensor], [row])
             if self._per_channel and tensor.dim() > 1:
                 self._recorder.add_units(row, tensor.movedim(self._rows.layers[row].unit_dim, 1))
-
-    def _see_fused(self, row: int, raw: RawStats) -> None:
-        if is_watched(self._model):
-            self._recorder.add_fused(row, raw)
-        else:
-            self._hooks.pass_over(row, raw)
 
     def _see_traced_output(self, row: int, output: Any) -> None:
         """Become part of the compiled code, which measures if the device's flag says so."""

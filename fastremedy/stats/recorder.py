@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, compiler, nn
 
 from .. import backends
 from ..functional.batch_norm_relu import RawStats
@@ -23,6 +23,16 @@ from .units import layout_of
 _MAX_LAYOUTS = 64  # that are remembered: batches of many sizes make many
 
 Arguments = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
+
+_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether calls inside a model count: in training, and not for the second time.
+
+    Checkpointing calls modules again in the backward pass, with the same results.
+    """
+    return model.training and _graph_task() == -1
 
 
 class _Buffer:
@@ -128,9 +138,11 @@ class Recorder:
         # Where the parameters of an optimizer's rows are ours, -1 for others; on the host.
         self._places: dict[int, tuple[Rows, Tensor]] = {}
         # What this step has left; what was captured in a graph is there again at every replay.
-        self._fused: list[tuple[int, RawStats]] = []  # in the order of calls
+        self.fused: list[tuple[int, RawStats]] = []  # layers, in the order of calls
         # The ids of what layers had shown in the step before; their modules keep it alive.
         self.fused_before: dict[int, int] = {}
+        # What layers have measured that does not count, and need not be looked at again.
+        self.known: dict[int, RawStats | None] = {}
         self._updates: list[RawUpdateStats] = []
         self._norms: list[tuple[list[int], Tensor]] = []
         self._captured_fused: list[tuple[int, RawStats]] = []
@@ -217,16 +229,17 @@ class Recorder:
             if self._channels[key].num_rows == memory.shape[1]:
                 self._channels[key].update(memory, per_channel=True)
 
-    def add_fused(self, layer: int, raw: RawStats) -> None:
-        """Take what a BatchNormReLU has measured in its own pass."""
-        self._fused.append((layer, raw))
-        if raw.saved.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured_fused.append((layer, raw))
+    def see_fused(self, layer: int, raw: RawStats) -> None:
+        """Take what a BatchNormReLU has measured in its own pass, if its call counts.
 
-    @property
-    def fused_rows(self) -> list[int]:
-        """Layers that have shown what they measured in this step."""
-        return [row for row, _ in self._fused]
+        Between layers every call of Python takes half a microsecond: there are none.
+        """
+        if not self._model.training or _graph_task() != -1:  # is_watched
+            self.known[layer] = raw
+        elif not compiler._is_compiling_flag:  # which torch.export sets
+            self.fused.append((layer, raw))
+            if raw.saved.is_cuda and torch.cuda.is_current_stream_capturing():
+                self._captured_fused.append((layer, raw))
 
     def add_updates(self, raws: Sequence[RawUpdateStats]) -> None:
         """Take what a step of our optimizers has measured."""
@@ -280,22 +293,31 @@ class Recorder:
                 total += buffer.statistics.histogram.cpu()
         return total
 
+    def _take_fused(self, parcel: Parcel, fused: list[tuple[int, RawStats]]) -> None:
+        rows, raws = zip(*fused, strict=True)
+        saved, dead, numels = zip(*raws, strict=True)
+        devices = list(map(Tensor.get_device, saved))
+        if devices.count(devices[0]) < len(devices):
+            for one in set(devices):
+                there = [
+                    shown for shown, device in zip(fused, devices, strict=True) if device == one
+                ]
+                self._take_fused(parcel, there)
+            return
+        name = str(saved[0].device)
+        key = (*rows, *numels)
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(rows, [s.shape[1] for s in saved], numels)
+        parcel["fused layout", name] = self._layouts[key]
+        parcel["fused saved", name] = torch.cat(saved, 1)
+        parcel["fused dead", name] = torch.cat(dead)
+
     def _take_units(self, parcel: Parcel) -> None:
-        by_device: dict[int, list[tuple[int, RawStats]]] = {}
-        for shown in self._fused or self._captured_fused:
-            by_device.setdefault(shown[1].saved.get_device(), []).append(shown)
-        for fused in by_device.values():
-            rows, raws = zip(*fused, strict=True)
-            saved, dead, numels = zip(*raws, strict=True)
-            name = str(saved[0].device)
-            key = (*rows, *numels)
-            if key not in self._layouts:
-                self._layouts[key] = layout_of(rows, [s.shape[1] for s in saved], numels)
-            parcel["fused layout", name] = self._layouts[key]
-            parcel["fused saved", name] = torch.cat(saved, 1)
-            parcel["fused dead", name] = torch.cat(dead)
-        self.fused_before = {row: id(raw) for row, raw in self._fused}
-        self._fused = []
+        if shown := self.fused or self._captured_fused:
+            self._take_fused(parcel, shown)
+        rows, raws = zip(*self.fused, strict=True) if self.fused else ((), ())
+        self.fused_before = dict(zip(rows, map(id, raws), strict=True))
+        self.fused = []
         for device in {device for _, device in self._channels}:
             channels = {row: s for (row, there), s in self._channels.items() if there == device}
             sizes = [statistics.num_rows for statistics in channels.values()]
