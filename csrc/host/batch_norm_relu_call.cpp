@@ -153,7 +153,8 @@ void increment_versions(py::handle a, py::handle b, py::handle c) {
 
 // --- the two passes ---
 
-// Output, saved, mask, dead, of which the last two may be None; None alone if it is another call.
+// Output, saved, mask and dead, of which the last two may be None, and the number of elements of a
+// channel, for which torch would take 2 us; None alone if it is another call.
 py::object run_forward(py::handle input, py::handle residual, py::handle weight, py::handle bias,
                        py::handle running_mean, py::handle running_var,
                        py::handle num_batches_tracked, bool training,
@@ -179,7 +180,7 @@ py::object run_forward(py::handle input, py::handle residual, py::handle weight,
                           static_cast<int>(BatchNormPhase::kBoth), training, momentum, eps,
                           activation, negative_slope, scratch_of(scratch, input, channels_last));
   if (training) increment_versions(running_mean, running_var, num_batches_tracked);
-  return py::make_tuple(output, saved, mask, dead);
+  return py::make_tuple(output, saved, mask, dead, numel_of(view) / view.shape[1]);
 }
 
 // Gradients of input, residual, weight and bias, None where none is wanted; None alone if

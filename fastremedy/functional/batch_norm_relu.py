@@ -179,7 +179,10 @@ def batch_norm_relu_with_stats(
             _check_types(tensors, options)
             raise
         if result is not None:
-            return _record(tensors, options, result, None, native.backend, needs_grad)
+            output, saved, _, dead, numel = result
+            if needs_grad:
+                output = _record(tensors, options, result, None, native.backend)
+            return output, None if dead is None else RawStats(saved, dead, numel)
     return _prepare_and_run(tensors, options, group)
 
 
@@ -271,9 +274,10 @@ def _run_kernels(
     tensors: dispatch.ForwardTensors, options: dispatch.Options, group: Any, backend: str | None
 ) -> tuple[Tensor, RawStats | None]:
     """Run kernels on tensors that have one layout; tracers see operators instead."""
+    input = tensors[0]
     if not _needs_grad(tensors):
-        result = run_forward(tensors, options, group, backend)
-        return _record(tensors, options, result, group, backend, needs_grad=False)
+        output, saved, _, dead = run_forward(tensors, options, group, backend)
+        return output, None if dead is None else _raw_stats(input, saved, dead)
     if tensors[1] is not None and options.activation in SIGN_IS_ENOUGH:
         options = options._replace(wants_mask=True)
     if backend is None:
@@ -281,10 +285,11 @@ def _run_kernels(
         if not options.wants_dead:
             return results, None
         output, saved, dead = results
-        return output, _raw_stats(tensors[0], saved, dead)
+        return output, _raw_stats(input, saved, dead)
     with torch.no_grad():  # the definition's kernels are operators of torch
         result = run_forward(tensors, options, group, backend)
-    return _record(tensors, options, result, group, backend, needs_grad=True)
+    output = _record(tensors, options, result, group, backend)
+    return output, None if result.dead is None else _raw_stats(input, result.saved, result.dead)
 
 
 def _record(
@@ -292,16 +297,12 @@ def _record(
     options: dispatch.Options,
     result: tuple[Any, ...],
     group: Any,
-    backend: str | None,
-    needs_grad: bool,
-) -> tuple[Tensor, RawStats | None]:
-    """Make what kernels have done differentiable."""
-    output, saved, mask, dead = result
-    if needs_grad:
-        input, residual, weight, bias = tensors[:4]
-        order = mask is not None and is_channels_last(input)
-        output = apply(input, residual, weight, bias, result, (options, group, backend, order))
-    return output, None if dead is None else _raw_stats(tensors[0], saved, dead)
+    backend: str,
+) -> Tensor:
+    """Make what kernels have done differentiable; ``result`` begins as a ``Forward``."""
+    input, residual, weight, bias = tensors[:4]
+    order = result[2] is not None and is_channels_last(input)
+    return apply(input, residual, weight, bias, result, (options, group, backend, order))
 
 
 def _raw_stats(input: Tensor, saved: Tensor, dead: Tensor) -> RawStats:
