@@ -26,7 +26,7 @@ from .activation_stats_reference import (
     spare_interpreted,
 )
 from .batch_norm_reference import LAYOUTS, is_slow
-from .reference import FLOATS, HALVES, few_examples
+from .reference import FLOATS, HALVES, assert_same_bits, few_examples
 
 # NumPy, under Triton's interpreter, warns of sums that overflow and are then taken again.
 pytestmark = pytest.mark.filterwarnings(
@@ -252,6 +252,14 @@ def test_quantiles(
         # Buckets of subnormal values are 2^-129 wide.
         allowed = (QUANTILE_PRECISION * (1 + 1e-6) * expected.abs()).clamp(min=2**-129)
         assert ((row - expected).abs() <= allowed).all(), (row, expected)
+
+
+def test_quantiles_whatever_the_default_device() -> None:
+    statistics = Statistics(histogram=True)
+    statistics.update(torch.arange(100.0))
+    with torch.device("meta"):
+        median = statistics.quantile(0.5)
+    assert_same_bits(median, statistics.quantile(0.5))
 
 
 def test_quantiles_of_special_values(backend: str, device: torch.device) -> None:

@@ -244,7 +244,7 @@ def reports_under(default: str, folder: Path) -> list[str]:
     torch.manual_seed(0)
     model, inputs = make_deep(), [make_input(step) for step in range(3)]
     optimizer = fastremedy.optim.AdamW(model.parameters())
-    path = folder / default
+    path = folder / default / "steps.jsonl"  # in a folder that is not there
     with torch.device(default), Monitor(model, per_channel=True, full_every=2) as monitor:
         for x in inputs:
             model.zero_grad()

@@ -367,6 +367,7 @@ class Monitor:
         """Append a line of JSON for every step that this has not written to the file before."""
         path = Path(path)
         report = self.report()
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             for line in jsonlines.lines(report, self._last_line.get(path, -1)):
                 file.write(line + "\n")

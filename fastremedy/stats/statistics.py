@@ -219,7 +219,7 @@ class Statistics:
         """
         if self.histogram is None:
             raise RuntimeError("quantiles need Statistics(histogram=True)")
-        points = torch.as_tensor(q, dtype=torch.float64).reshape(-1)
+        points = torch.as_tensor(q, dtype=torch.float64, device="cpu").reshape(-1)
         if not bool(((points >= 0) & (points <= 1)).all()):
             raise ValueError(f"q must be in [0, 1], got {q}")
         return quantiles(self.histogram, self.moments, points.to(self.moments.device))
