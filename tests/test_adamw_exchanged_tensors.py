@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,32 @@ def test_gradients_swapped_between_parameters(backend: str, device: torch.device
         optimizer.step()
 
     assert_like_torch(make_params([(3,), (3,)], device=device), drive)
+
+
+class Ones(torch.nn.Parameter):
+    """A parameter whose gradient is always 1."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        of_tensor = super(torch.nn.Parameter, cls).__torch_function__  # Parameter's is disabled
+        result = of_tensor(function, types, args, kwargs or {})
+        is_grad = function == torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+        return torch.ones(4) if is_grad and result is not None else result
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+def test_gradient_is_what_a_subclass_says(backend: str) -> None:
+    for of_type in (Ones, torch.nn.Parameter):
+        param = of_type(torch.zeros(4))
+        optimizer = fastremedy.optim.AdamW([param], lr=0.1)
+        for _ in range(3):
+            param.grad = torch.ones(4) if of_type is torch.nn.Parameter else torch.randn(4)
+            optimizer.step()
+        assert param.tolist() == pytest.approx(
+            [-0.3] * 4, rel=1e-2
+        )  # the gradient's sign, times lr
 
 
 class Memory(bytearray):

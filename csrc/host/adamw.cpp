@@ -58,7 +58,7 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     const py::object owner = item(columns.owners, i);
     rows_.push_back({owner, Distribution(owner, item(columns.specs, i)), Layout(view),
                      item(columns.indirect, i).cast<bool>(),
-                     reads_grads_ && owner.is(param) && has_plain_grad(owner.ptr())});
+                     reads_grads_ && owner.is(param) && has_plain_type(owner)});
     const py::list* const kept[kNumColumns] = {&columns.params,      &columns.exp_avgs,
                                                &columns.exp_avg_sqs, &columns.max_exp_avg_sqs,
                                                &columns.residuals,   &columns.steps};

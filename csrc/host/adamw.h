@@ -74,7 +74,7 @@ class AdamWTable {
     Distribution distribution;
     Layout layout;
     bool is_indirect;
-    bool is_plain;  // the owner itself is what the kernels update, and `.grad` torch's own
+    bool is_plain;  // the kernels update the owner itself, and its type is torch's
   };
   struct Group {
     py::object params;

@@ -39,12 +39,8 @@ class GradGetter {
   }
 
   PyObject* get(PyObject* tensor) {
-    return fits(tensor) ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
-  }
-
-  bool fits(PyObject* tensor) {
     if (Py_TYPE(tensor) != known_type_) learn(Py_TYPE(tensor));
-    return is_plain_;
+    return is_plain_ ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
   }
 
  private:
@@ -65,17 +61,22 @@ class GradGetter {
   bool is_plain_ = false;
 };
 
-GradGetter& grad_getter() {
-  static GradGetter* const getter = new GradGetter;
-  return *getter;
-}
-
 }  // namespace
 
-bool has_plain_grad(PyObject* tensor) { return grad_getter().fits(tensor); }
+PyObject* attribute(const char* module, const char* name) {
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
+bool has_plain_type(py::handle tensor) {
+  static PyObject* const types[] = {attribute("torch", "Tensor"),
+                                    attribute("torch.nn", "Parameter")};
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+  return type == types[0] || type == types[1];
+}
 
 py::object grad_of(PyObject* tensor) {
-  PyObject* grad = grad_getter().get(tensor);
+  static GradGetter* const getter = new GradGetter;
+  PyObject* grad = getter->get(tensor);
   if (grad == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(grad);
 }

@@ -17,15 +17,19 @@ namespace py = pybind11;
 // has no plain memory: sparse tensors, meta tensors, subclasses that wrap others.
 bool read_tensor(PyObject* tensor, DLTensor* out);
 
+// An attribute of a module, kept for good.
+PyObject* attribute(const char* module, const char* name);
+
+// torch.Tensor or torch.nn.Parameter: other types may mean something else by their elements or by
+// `.grad`.
+bool has_plain_type(py::handle tensor);
+
 // Whether the elements carry torch's lazy minus sign, which DLPack does not show.
 bool has_minus_sign(PyObject* tensor);
 
 // The same where it is asked of a thousand tensors. torch gives the sign to imaginary parts: views
 // with stride 2, dense only if there is one element. Others are not asked.
 bool is_negated(PyObject* tensor, int64_t numel);
-
-// Whether `.grad` is torch's own attribute, which a subclass can replace.
-bool has_plain_grad(PyObject* tensor);
 
 // Returns tensor.grad, a new reference.
 py::object grad_of(PyObject* tensor);
