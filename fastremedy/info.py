@@ -81,8 +81,6 @@ def _native_library() -> Iterator[str]:
     archs = getattr(library, "cuda_archs", "unknown architectures")
     kernels = f"CUDA kernels for {archs}" if library.has_cuda else "no CUDA kernels"
     yield f"native library: {library.__file__}, {kernels}"
-    if not library.can_read_grads():
-        yield "    gradients are read through Python: this torch is newer than this release knows"
 
 
 def _operators() -> Iterator[str]:

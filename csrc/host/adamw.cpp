@@ -31,9 +31,6 @@ py::object item(const py::list& list, size_t i) {
 AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
                        const py::list& param_groups, const py::dict& state, uintptr_t retained)
     : retained_(reinterpret_cast<RetainedTensors*>(retained)) {
-#ifndef FASTREMEDY_EMULATION
-  reads_grads_ = retained_ != nullptr && can_read_grads();
-#endif
   const size_t count = py::len(columns.owners);
   for (size_t i = 0; i < count; ++i) {
     const py::object param = item(columns.params, i);
@@ -57,8 +54,7 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     tensors_.push_back(tensor);
     const py::object owner = item(columns.owners, i);
     rows_.push_back({owner, Distribution(owner, item(columns.specs, i)), Layout(view),
-                     item(columns.indirect, i).cast<bool>(),
-                     reads_grads_ && owner.is(param) && has_plain_type(owner)});
+                     item(columns.indirect, i).cast<bool>()});
     const py::list* const kept[kNumColumns] = {&columns.params,      &columns.exp_avgs,
                                                &columns.exp_avg_sqs, &columns.max_exp_avg_sqs,
                                                &columns.residuals,   &columns.steps};
@@ -182,39 +178,17 @@ bool AdamWTable::read_grad(PyObject* grad, size_t row) {
   DLTensor view;
   DType dtype;
   if (!read_tensor(grad, &view) || !dtype_of(view, &dtype)) return false;
-  if (!same_device(view.device, device_) || !rows_[row].layout.matches(view) ||
-      is_negated(grad, tensors_[row].numel)) {
+  const bool is_double = tensors_[row].param_dtype == DType::kFloat64;
+  if (!same_device(view.device, device_) || is_double != (dtype == DType::kFloat64) ||
+      !rows_[row].layout.matches(view) || is_negated(grad, tensors_[row].numel)) {
     return false;
   }
-  return take_grad(row, dtype, data_of(view));
-}
-
-bool AdamWTable::take_grad(size_t row, DType dtype, void* data) {
-  const bool is_double = tensors_[row].param_dtype == DType::kFloat64;
-  if (is_double != (dtype == DType::kFloat64)) return false;
   // Null means that there is no gradient; an empty one has to have some other address.
-  grads_[row].data = grads_[row].numel == 0 ? tensors_[row].step : data;
+  grads_[row].data = grads_[row].numel == 0 ? tensors_[row].step : data_of(view);
   grads_[row].dtype = dtype;
   ++num_grads_;
   has_float64_grad_ |= is_double;
   return true;
-}
-
-// False if Python has to look.
-bool AdamWTable::read_grad(size_t row) {
-#ifndef FASTREMEDY_EMULATION
-  if (!rows_[row].is_plain) return false;
-  GradTensor grad;
-  switch (fastremedy::read_grad(retained_, row, &grad)) {
-    case Gradient::kNone:
-      return true;
-    case Gradient::kRead:
-      return take_grad(row, grad.dtype, grad.data);
-    case Gradient::kUnknown:
-      break;
-  }
-#endif
-  return false;
 }
 
 std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_groups,
@@ -229,9 +203,7 @@ std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_gro
   std::vector<int64_t> unread;
   for (size_t i = 0; i < rows_.size(); ++i) {
     py::object& grad = grad_owners_[i];
-    grad = py::object();
     grads_[i].data = nullptr;
-    if (read_grad(i)) continue;
     grad = grad_of(rows_[i].owner.ptr());
     if (grad.is_none()) continue;
     grad = rows_[i].distribution.memory_of(std::move(grad));
@@ -253,9 +225,7 @@ void AdamWTable::set_grad(int64_t row, py::object grad) {
 py::list AdamWTable::grads() const {
   py::list list(grad_owners_.size());
   for (size_t i = 0; i < grad_owners_.size(); ++i) {
-    py::object grad = grad_owners_[i];
-    if (!grad && grads_[i].data != nullptr) grad = grad_of(rows_[i].owner.ptr());
-    list[i] = grad ? grad : py::none();
+    list[i] = grad_owners_[i] ? grad_owners_[i] : py::none();
   }
   return list;
 }
@@ -291,9 +261,6 @@ bool AdamWTable::step(const Step& step) {
     skipped = step_on_cpu(args);
   }
   for (py::object& grad : grad_owners_) grad = py::object();
-#ifndef FASTREMEDY_EMULATION
-  if (reads_grads_) release_grads(retained_);
-#endif
   return skipped;
 }
 
@@ -357,9 +324,6 @@ void bind_adamw(py::module_& module) {
           py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"),
           py::arg("rounding"), py::arg("seed"), py::arg("total_norm"), py::arg("num_skipped"),
           py::arg("update_stats"), py::arg("workspace"));
-#ifndef FASTREMEDY_EMULATION
-  module.def("can_read_grads", &can_read_grads);
-#endif
 }
 
 }  // namespace fastremedy::host

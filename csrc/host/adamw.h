@@ -74,7 +74,6 @@ class AdamWTable {
     Distribution distribution;
     Layout layout;
     bool is_indirect;
-    bool is_plain;  // the kernels update the owner itself, and its type is torch's
   };
   struct Group {
     py::object params;
@@ -90,9 +89,7 @@ class AdamWTable {
   bool groups_match(const py::list& param_groups);
   bool state_matches(const py::dict& state) const;
   bool tensors_are_in_place() const;
-  bool read_grad(size_t row);
   bool read_grad(PyObject* grad, size_t row);
-  bool take_grad(size_t row, DType dtype, void* data);
   AdamWArgs arguments(const Step& step);
   bool step_on_cpu(AdamWArgs args);
   void step_on_cuda(AdamWArgs args, uintptr_t workspace);
@@ -105,7 +102,6 @@ class AdamWTable {
   static constexpr size_t kNumColumns = 6;
   std::vector<py::object> keepalive_;  // kNumColumns tensors a row, from params to steps
   RetainedTensors* retained_;
-  bool reads_grads_ = false;  // through them
 
   std::vector<AdamWTensor> tensors_;
   std::vector<Chunk> chunks_;

@@ -14,6 +14,19 @@
 namespace fastremedy::host {
 namespace {
 
+// Of torch, kept for good.
+PyObject* attribute(const char* module, const char* name) {
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
+// torch.Tensor or torch.nn.Parameter: other types may mean something else by their elements.
+bool has_plain_type(py::handle tensor) {
+  static PyObject* const types[] = {attribute("torch", "Tensor"),
+                                    attribute("torch.nn", "Parameter")};
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+  return type == types[0] || type == types[1];
+}
+
 bool read_plain(py::handle tensor, DLTensor* view, DType* dtype) {
   return has_plain_type(tensor) && read_tensor(tensor.ptr(), view) && dtype_of(*view, dtype) &&
          !has_minus_sign(tensor.ptr());

@@ -63,17 +63,6 @@ class GradGetter {
 
 }  // namespace
 
-PyObject* attribute(const char* module, const char* name) {
-  return py::object(py::module_::import(module).attr(name)).release().ptr();
-}
-
-bool has_plain_type(py::handle tensor) {
-  static PyObject* const types[] = {attribute("torch", "Tensor"),
-                                    attribute("torch.nn", "Parameter")};
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-  return type == types[0] || type == types[1];
-}
-
 py::object grad_of(PyObject* tensor) {
   static GradGetter* const getter = new GradGetter;
   PyObject* grad = getter->get(tensor);

@@ -17,13 +17,6 @@ namespace py = pybind11;
 // has no plain memory: sparse tensors, meta tensors, subclasses that wrap others.
 bool read_tensor(PyObject* tensor, DLTensor* out);
 
-// An attribute of a module, kept for good.
-PyObject* attribute(const char* module, const char* name);
-
-// torch.Tensor or torch.nn.Parameter: other types may mean something else by their elements or by
-// `.grad`.
-bool has_plain_type(py::handle tensor);
-
 // Whether the elements carry torch's lazy minus sign, which DLPack does not show.
 bool has_minus_sign(PyObject* tensor);
 
