@@ -154,7 +154,7 @@ void increment_versions(py::handle a, py::handle b, py::handle c) {
 // --- the two passes ---
 
 // Output, saved, mask and dead, of which the last two may be None, and the number of elements of a
-// channel, for which torch would take 2 us; None alone if it is another call.
+// channel, for which torch would take 4 us; None alone if it is another call.
 py::object run_forward(py::handle input, py::handle residual, py::handle weight, py::handle bias,
                        py::handle running_mean, py::handle running_var,
                        py::handle num_batches_tracked, bool training,
