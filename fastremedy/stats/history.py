@@ -193,7 +193,7 @@ class History:
             elif what in ("fused", "units"):
                 layers, sums = tensor[:, 0].long(), tensor[:, 1:]
                 if what == "fused":
-                    unread = moments[layers, 0] == 0
+                    unread = moments[layers, 0] + counts[layers, 2:].sum(1) == 0
                     moments[layers[unread]] = _moments_of_units(sums[unread])
                     self._add_fused_counts(counts, layers[unread], sums[unread])
                 dead[layers], diversity[layers] = self._health_of_units(what, layers, sums)

@@ -46,9 +46,10 @@ def sums_of_fused(layout: Tensor, saved: Tensor, dead: Tensor) -> Tensor:
     mean, var = saved[:, 0].double(), saved[:, 3].double()
     count = layout[:, 2].repeat_interleave(layout[:, 1]).double().expand_as(mean)
     zeros = dead.double()
+    mean, var = (torch.where(count > 0, values, 0.0) for values in (mean, var))
     if len(layout[:, 0].unique()) < len(layout):
         layout, count, mean, var, zeros = _merge_calls(layout, count, mean, var, zeros)
-    return _sums(layout, count, mean, var, zeros, ~var.isfinite())
+    return _sums(layout, count, mean, var, zeros, ~var.isfinite() & (count > 0))
 
 
 def _merge_calls(
