@@ -149,6 +149,16 @@ def test_compiled_modules_that_measure_themselves(counter: Counter, kind: str) -
     assert counter.num_graphs <= 2  # the first call finds no statistics on the module
 
 
+def test_compiled_beside_a_module_that_is_called_twice(counter: Counter) -> None:
+    model = nn.Sequential(BatchNormReLU1d(6), BatchNormReLU1d(6))
+    run = torch.compile(model[1].forward, backend=counter)  # which calls no hooks
+    with Monitor(model) as monitor:
+        for step in range(2):
+            run(model[0](model[0](make_input(step))))
+            monitor.step()
+    assert counts_of(monitor) == {"0": [60, 60], "1": [30, 30]}
+
+
 def test_attached_again(counter: Counter) -> None:
     """torch guards nothing where there were no hooks; its cache has to be emptied."""
     model = make_model()

@@ -167,17 +167,21 @@ def test_fused_and_unfused_while_monitored() -> None:
     assert [set(vars(module)) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 1, 9)])
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 1, 9), (4, 0), (0, 4)])
+@pytest.mark.filterwarnings("ignore:var_mean")  # torch's own, of empty batches
 def test_several_calls_in_a_step(sizes: tuple[int, ...]) -> None:
     model = BatchNormReLU2d(6)
     kill(model)
     inputs = [torch.randn(size, 6, 3, 3) * (1 + i) + 3 * i for i, size in enumerate(sizes)]
     inputs[0][:, 1] += 10 * torch.arange(float(sizes[0]))[:, None, None]
     with Monitor(model) as monitor:
-        for input in inputs:
-            model(input)
-        monitor.step()
-    check(step_of(monitor.report().parts["activations"], 0, ""), expected_of(inputs, model))
+        for _ in range(2):
+            for input in inputs:
+                model(input)
+            monitor.step()
+    part = monitor.report().parts["activations"]
+    check(step_of(part, 0, ""), expected_of(inputs, model))
+    check_free(step_of(part, 1, ""), expected_of(inputs, model))
 
 
 def test_values_that_are_not_finite() -> None:
@@ -193,6 +197,18 @@ def test_values_that_are_not_finite() -> None:
     assert columns["count"] == 25
     assert columns["mean"] == pytest.approx(expected["mean"], rel=1e-5)
     assert columns["std"] == pytest.approx(expected["std"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:var_mean")  # torch's own, of empty batches
+def test_no_value_that_is_finite() -> None:
+    model = BatchNormReLU1d(6)
+    with Monitor(model) as monitor:
+        for size in (5, 5, 0):
+            model(torch.full((size, 6), torch.nan))
+            monitor.step()
+    part = monitor.report().parts["activations"]
+    assert part.by_step["nan"].tolist() == [[30], [6], [0]]  # a step between counts units
+    assert part.by_step["count"].tolist() == [[0]] * 3
 
 
 def test_other_activations_have_no_dead_units() -> None:
@@ -234,6 +250,16 @@ def test_evaluation_counts_nothing() -> None:
         monitor.step()
     counts = monitor.report().parts["activations"].by_step["count"]
     assert counts.tolist() == [[0, 0], [0, 0], [600, 600]]
+
+
+def test_norms_frozen_after_the_monitor_is_attached() -> None:
+    model = make_net(norm=BatchNormReLU2d, relu=False)
+    with Monitor(model) as monitor:
+        model[1].eval()  # as many do at the beginning of an epoch
+        for _ in range(3):
+            model(images())
+            monitor.step()
+    assert counts_of(monitor)["1"] == [600] * 3
 
 
 def test_attached_in_evaluation_mode() -> None:
@@ -300,7 +326,8 @@ def test_detach_leaves_modules_as_they_were(collects: bool | None, fused: bool) 
         model[1].collect_stats = collects
     before = state_of(model)
     with Monitor(model, every=2) as monitor:
-        assert model[1].collect_stats
+        assert model[1]._watch
+        assert model[1].collect_stats is bool(collects)
         monitor.step()
         assert state_of(model) == before
         monitor.step()
@@ -315,6 +342,19 @@ def test_detach_leaves_modules_as_they_were(collects: bool | None, fused: bool) 
         assert old.keys() == new.keys()
         for key in set(old) - {"_buffers", "_parameters", "forward", "_modules"}:
             assert old[key] == new[key]
+
+
+def test_fused_again_between_steps() -> None:
+    model = make_net()
+    fuse_(model)
+    with Monitor(model) as monitor:
+        for _ in range(3):
+            model(images())
+            monitor.step()
+            unfuse_(model)  # to save it, say
+            fuse_(model)
+    assert counts_of(monitor)["1"] == [600] * 3
+    assert not {"_watch", "_last", "collect_stats"} & set(vars(model[1]))
 
 
 @pytest.mark.parametrize("first_out", [0, 1])

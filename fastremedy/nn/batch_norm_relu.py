@@ -82,7 +82,7 @@ class _BatchNormReLU(nn.modules.batchnorm._BatchNorm):
             self.eps,
             self.activation,
             self.negative_slope,
-            self.collect_stats and self.training,
+            self.training and (self.collect_stats or len(self._watch) > 0),
             group,
         )
         if stats is not None:

@@ -24,7 +24,7 @@ from .selection import Layer, uncalled
 
 StepHook = Callable[[Optimizer, Any, Any], None]
 
-_OURS = ("collect_stats", "_last", "_watch")
+_OURS = ("_last", "_watch")
 
 
 class Hook:
@@ -131,7 +131,7 @@ class Hooks:
                 if not isinstance(watch, Watch) or not watch:  # by another monitor
                     state = vars(module)
                     watch = Watch({name: state[name] for name in _OURS if name in state})
-                    module._watch, module.collect_stats = watch, True
+                    module._watch = watch
                 watch.append((self._recorder.see_fused, row))
                 self._fused[row] = module, watch
                 self._recorder.known[row] = module._last
@@ -146,8 +146,8 @@ class Hooks:
 
     def see_fused_outputs(self, sees: bool) -> None:
         """See outputs of modules that measure by themselves, or no longer."""
-        for row in self._fused:
-            if sees:
+        for row, (module, _) in self._fused.items():
+            if sees or not module.training:  # in evaluation they measure nothing
                 self._hook(row)
             elif row in self._on_outputs:
                 self._on_outputs.pop(row).remove()
@@ -187,9 +187,9 @@ class Hooks:
     def show_unseen(self) -> None:
         """Show the recorder what modules have measured in compiled code, where no hook runs."""
         recorder = self._recorder
-        if len(recorder.fused) >= len(self._fused):
-            return
         seen = {row for row, _ in recorder.fused}
+        if len(seen) == len(self._fused):
+            return
         for row, (module, _) in self._fused.items():
             last = getattr(module, "_last", None)  # a plain BatchNorm after unfuse_
             if row not in seen and last is not None and last is not recorder.known[row]:
@@ -204,7 +204,7 @@ def _restore(module: _BatchNormReLU, watch: Watch) -> None:
     if not isinstance(module, _BatchNormReLU):  # after unfuse_, which has done the rest
         del state["_watch"]
         return
-    if watch.before.get("collect_stats") and module._last is not None:
+    if module.collect_stats and module._last is not None:
         watch.before["_last"] = module._last
     for name in _OURS:
         state.pop(name, None)
