@@ -73,6 +73,15 @@ def test_copies_are_independent(copy_of: Callable[[nn.Module], nn.Module]) -> No
     assert len(monitor.report().steps) == 4
 
 
+@pytest.mark.parametrize("copy_of", COPIES)
+def test_copies_measure_nothing(copy_of: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(BatchNormReLU1d(6))
+    with Monitor(model):
+        copied = copy_of(model)
+        copied(make_input())
+    assert copied[0].last_stats is None
+
+
 def test_copy_of_a_monitored_model_trains_alike() -> None:
     model = make_deep()
     with Monitor(model):
@@ -93,6 +102,15 @@ def test_detach_leaves_the_model_as_it_was(every: int) -> None:
     assert state_of(model) == before
     assert clip.observers == observers
     handle.remove()
+
+
+def test_what_the_owner_sets_meanwhile_stays() -> None:
+    model = BatchNormReLU1d(6)
+    with Monitor(model, every=2) as monitor:
+        model.collect_stats = True
+        model(make_input())
+        monitor.step()
+        assert model.last_stats is not None
 
 
 def test_outputs_and_gradients_stay_what_they_are() -> None:
@@ -212,6 +230,25 @@ def test_optimizers_that_are_gone_are_forgotten() -> None:
         del optimizer
         gc.collect()
         assert gone() is None
+
+
+def test_steps_in_inference_mode() -> None:
+    model = make_model()
+    with Monitor(model, per_channel=True) as monitor:
+        for is_inference in (True, False, True, False):
+            with torch.inference_mode(is_inference):
+                model(make_input())
+            monitor.step()
+    assert counts_of(monitor)["0"] == [80] * 4
+
+
+def test_memory_from_inference_mode() -> None:
+    model = nn.ReLU()  # with no parameters that tell a device
+    with Monitor(model) as monitor:
+        with torch.inference_mode():
+            model(make_input())
+        monitor.step()
+    assert counts_of(monitor) == {"": [30]}
 
 
 def test_backend_may_change() -> None:

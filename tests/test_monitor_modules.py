@@ -173,6 +173,8 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], list[Tensor
     "conjugate": (lambda x: torch.complex(x, 2 * x).conj(), lambda x: [x, -2 * x]),
     "negative view": (lambda x: torch.complex(x, 2 * x).conj().imag, lambda x: [-2 * x]),
     "sparse": (lambda x: x.relu().to_sparse(), lambda x: [x[x > 0]]),
+    "compressed": (lambda x: x.to_sparse_csr(), None),
+    "other layout": (lambda x: x.detach().to_mkldnn(), None),
     "empty": (lambda x: x[:0], lambda x: []),
     "no channels": (lambda x: x[:, :0], lambda x: []),
     "scalar": (lambda x: x.sum(), lambda x: [x.sum()]),
@@ -182,6 +184,7 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], list[Tensor
     "parameter": (lambda x: nn.Parameter(x), lambda x: [x]),
     "other dtypes": (lambda x: (x.double(), x.bfloat16()), lambda x: [x, x.bfloat16()]),
     "nested": (lambda x: torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged), None),
+    "nested, strided": (lambda x: torch.nested.nested_tensor([x[0].detach()]), None),
     "quantized": (lambda x: torch.quantize_per_tensor(x.detach(), 0.1, 0, torch.qint8), None),
     "meta": (lambda x: x.to("meta"), lambda x: []),
 }
@@ -232,7 +235,9 @@ def test_modules_of_torch_with_many_outputs() -> None:
     grad = model["embedding"].weight.grad
     assert grad is not None
     assert grad.is_sparse
-    check_statistics(step_of(gradients, 0, "embedding.weight"), together([grad._values()]))
+    check_statistics(
+        step_of(gradients, 0, "embedding.weight"), together([grad.coalesce()._values()])
+    )
 
 
 # --- other people's transforms and tracers ---

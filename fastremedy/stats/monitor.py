@@ -259,8 +259,8 @@ class Monitor:
             return
         for tensor in tensors_in(output):
             self._recorder.add([tensor], [row])
-            if self._per_channel and tensor.dim() > 1:
-                self._recorder.add_units(row, tensor.movedim(self._rows.layers[row].unit_dim, 1))
+            if self._per_channel:
+                self._recorder.add_units(row, tensor, self._rows.layers[row].unit_dim)
 
     def _see_traced_output(self, row: int, output: Any) -> None:
         """Become part of the compiled code, which measures if the device's flag says so."""

@@ -153,7 +153,9 @@ class Recorder:
         """Return the rows of a device."""
         known = self._buffers.get(device)
         if known is None:
-            known = self._buffers[device] = _Buffer(self._model, self._num_rows, device)
+            with torch.inference_mode(False):  # other steps may be outside of it
+                known = _Buffer(self._model, self._num_rows, device)
+            self._buffers[device] = known
             known.arm(self._is_armed, self._is_full)
             self._find_rows_on_cpu()
         return known
@@ -214,13 +216,15 @@ class Recorder:
         rest = buffer.with_flag(buffer.armed, buffer.statistics.histogram)
         torch.ops.fastremedy.activation_stats_([tensor.detach()], [row], False, *rest)
 
-    def add_units(self, layer: int, tensor: Tensor) -> None:
-        """Add a tensor ``[N, C, *]`` to statistics of the units of a layer.
+    def add_units(self, layer: int, tensor: Tensor, dim: int) -> None:
+        """Add a tensor to statistics of the units of a layer, which lie along ``dim``.
 
         A layer has as many units as its first output; outputs of other sizes say nothing of them.
         """
-        memory = readable(tensor) if self._is_armed else None
-        if memory is None or memory.dim() < 2 or memory.numel() == 0:
+        if not self._is_armed or tensor.layout != torch.strided or tensor.is_nested:
+            return  # others cannot be permuted
+        memory = readable(tensor.movedim(dim, 1)) if tensor.dim() > 1 else None
+        if memory is None or memory.numel() == 0:
             return
         key = layer, memory.device
         with self._lock:

@@ -165,10 +165,10 @@ def readable(tensor: Tensor) -> Tensor | None:
         return None
     tensor = getattr(tensor, "_local_tensor", tensor)  # DTensor
     if tensor.layout == torch.sparse_coo:
-        tensor = tensor._values()
+        tensor = tensor.detach().coalesce()._values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if not tensor.is_floating_point():
         return None
     is_memory = tensor.layout == torch.strided and type(tensor) in PLAIN
-    return tensor if is_memory and tensor.device.type != "meta" else None
+    return tensor if is_memory and not tensor.is_nested and tensor.device.type != "meta" else None

@@ -79,11 +79,12 @@ class Statistics:
         """Create empty rows."""
         if num_rows < 1:
             raise ValueError(f"num_rows must be positive, got {num_rows}")
-        self.moments = empty_moments(num_rows, device)  # [R, 8]
-        self.counts = self.moments.new_zeros(num_rows, len(COUNTS), dtype=torch.int64)
-        self.histogram: Tensor | None = None
-        if histogram:
-            self.histogram = self.moments.new_zeros(num_rows, NUM_BUCKETS, dtype=torch.int64)
+        with torch.inference_mode(False):  # whoever comes first, others may update
+            self.moments = empty_moments(num_rows, device)  # [R, 8]
+            self.counts = self.moments.new_zeros(num_rows, len(COUNTS), dtype=torch.int64)
+            self.histogram: Tensor | None = None
+            if histogram:
+                self.histogram = self.moments.new_zeros(num_rows, NUM_BUCKETS, dtype=torch.int64)
 
     @property
     def num_rows(self) -> int:
