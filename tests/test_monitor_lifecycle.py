@@ -104,6 +104,15 @@ def test_detach_leaves_the_model_as_it_was(every: int) -> None:
     handle.remove()
 
 
+def test_what_was_measured_before_is_no_output() -> None:
+    model = BatchNormReLU1d(6)
+    model.collect_stats = True
+    model(make_input())
+    with Monitor(model) as monitor:
+        monitor.step()
+    assert counts_of(monitor) == {"": [0]}
+
+
 def test_what_the_owner_sets_meanwhile_stays() -> None:
     model = BatchNormReLU1d(6)
     with Monitor(model, every=2) as monitor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
+from fastremedy.nn import BatchNormReLU1d
 from fastremedy.stats import Monitor
 
 from .activation_stats_reference import spare_interpreted
@@ -297,8 +298,9 @@ def test_tracing_records_nothing_of_the_monitor(backend: str, device: torch.devi
 
 
 @pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:While compiling")  # BatchNormReLU keeps what it has measured
 def test_export(strict: bool) -> None:
-    model = make_model()
+    model = make_model(BatchNormReLU1d(4))
     input = make_input()
     with Monitor(model) as monitor:
         program = torch.export.export(model, (input,), strict=strict)
@@ -308,6 +310,7 @@ def test_export(strict: bool) -> None:
     assert not [name for name in operators if "fastremedy" in name]
     torch.testing.assert_close(program.module()(input), model(input))
     assert counts_of(monitor)["0"] == [0, 80]
+    assert counts_of(monitor)["6"] == [0, 20]
 
 
 @BOTH_FORMS

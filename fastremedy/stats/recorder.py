@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, compiler, nn
+from torch import Tensor, nn
 
 from .. import backends
 from ..functional.batch_norm_relu import RawStats
@@ -238,9 +238,10 @@ class Recorder:
 
         Between layers every call of Python takes half a microsecond: there are none.
         """
-        if not self._model.training or _graph_task() != -1:  # is_watched
+        counts = self._model.training and _graph_task() == -1  # is_watched
+        if not counts or type(raw.saved) is not Tensor:  # of torch.export, say
             self.known[layer] = raw
-        elif not compiler._is_compiling_flag:  # which torch.export sets
+        else:
             self.fused.append((layer, raw))
             if raw.saved.is_cuda and torch.cuda.is_current_stream_capturing():
                 self._captured_fused.append((layer, raw))
