@@ -55,7 +55,8 @@ class Monitor:
     not; :func:`fastremedy.clip_` tells the norm of each gradient.
 
     Gradients are those of parameters, before clipping by :func:`fastremedy.clip_` or by our
-    optimizers, without the loss scale.
+    optimizers, without the loss scale. Repeated indices of sparse ones are added up first, for
+    which torch waits for a GPU.
 
     Outputs count while the model is in training mode. Recomputations of checkpointing do not. In
     ``torch.compile`` and in CUDA graphs the monitor has to be attached before compilation or
