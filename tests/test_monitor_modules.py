@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
+from fastremedy import clip
 from fastremedy.nn import BatchNormReLU1d
 from fastremedy.stats import Monitor
 
@@ -24,6 +26,7 @@ from .monitor_reference import (
     make_input,
     make_model,
     outputs_of,
+    state_of,
     step_of,
     together,
     train,
@@ -295,6 +298,38 @@ def test_tracing_records_nothing_of_the_monitor(backend: str, device: torch.devi
         monitor.step()
     assert counts_of(monitor)["0"][1] == 80
     torch.testing.assert_close(traced(input), model(input))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_are_left_out_and_traced_ones_are_layers(
+    backend: str, device: torch.device
+) -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 6), nn.ReLU()).to(device)
+
+    input = make_input(device=device)
+    scripted, traced = torch.jit.script(block()), torch.jit.trace(block(), input)
+    model = nn.Sequential(scripted, traced, nn.Linear(6, 2)).to(device)
+    with Monitor(model) as monitor:
+        model(input).sum().backward()
+        monitor.step()
+    assert counts_of(monitor) == {"1": [30], "2": [10]}
+    assert monitor.to_dict()["gradients"]["0.0.weight"]["count"] == 36
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_attach_that_fails_leaves_nothing_behind() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), BatchNormReLU1d(6), torch.jit.script(nn.Linear(6, 2)))
+    before = state_of(model)
+    monitor = Monitor(model, include=["0", "1", "2"])
+    num_hooks = len(_global_optimizer_post_hooks)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="register_forward_hook is not supported"):
+            monitor.attach()
+    assert len(_global_optimizer_post_hooks) == num_hooks
+    assert state_of(model) == before
+    assert monitor not in clip.observers
+    monitor.detach()
 
 
 @pytest.mark.parametrize("strict", [True, False])

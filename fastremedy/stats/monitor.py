@@ -64,7 +64,8 @@ class Monitor:
     ``step`` stays outside. Where code is compiled hooks stay until ``detach``, and a flag on the
     device disarms them: nothing is compiled again for ``every``. After ``detach`` it is, and that
     code sees no hook later: call ``torch.compiler.reset()`` before another ``attach``. Compiled
-    code tells nothing of units.
+    code tells nothing of units. Modules of ``torch.jit.script`` take no hooks and are left out, one
+    of ``torch.jit.trace`` is a single layer.
 
     Equivalent to: forward hooks that take statistics of outputs, and loops over the parameters
     before and after the optimizer's step.
@@ -168,7 +169,7 @@ class Monitor:
         """Start to watch.
 
         Raises:
-            RuntimeError: the monitor is attached already.
+            RuntimeError: the monitor is attached already, or a module takes no hooks.
         """
         if self._is_attached:
             raise RuntimeError("the monitor is attached already")
@@ -181,7 +182,12 @@ class Monitor:
         for device in {param.device for param in self._model.parameters()}:
             if device.type != "meta":
                 self._recorder.buffer(device)
-        self._arm(self._num_steps % self._every == 0)
+        try:
+            self._arm(self._num_steps % self._every == 0)
+        except Exception:
+            self._hooks.remove()
+            self._is_attached = False
+            raise
         return self
 
     def detach(self) -> None:

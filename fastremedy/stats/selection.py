@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TopLevelTracedModule
 
 from ..nn.batch_norm_relu import _BatchNormReLU
 
@@ -96,10 +97,13 @@ def layers_of(
 
 
 def _is_chosen(name: str, module: nn.Module, include: tuple[Pattern, ...] | None) -> bool:
-    computes = not isinstance(module, _UNINTERESTING) and (
-        next(module.children(), None) is None
-        or isinstance(module, (nn.MultiheadAttention, _BatchNormReLU))
-    )
+    if isinstance(module, torch.jit.ScriptModule):  # calls hooks where it is entered, if at all
+        computes = isinstance(module, TopLevelTracedModule)
+    else:
+        computes = not isinstance(module, _UNINTERESTING) and (
+            next(module.children(), None) is None
+            or isinstance(module, (nn.MultiheadAttention, _BatchNormReLU))
+        )
     if include is None:
         return computes
     by_name = name in include or any(isinstance(module, p) for p in include if isinstance(p, type))
