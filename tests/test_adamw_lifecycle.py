@@ -7,7 +7,6 @@ import io
 import json
 import math
 import pickle
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,32 +357,3 @@ def test_out_of_memory_in_the_first_step(
     monkeypatch.undo()
     train(optimizer, grads)
     assert [optimizer.state[param]["step"].item() for param in params] == [1, 1]
-
-
-def test_threads_with_models_of_their_own(backend: str, device: torch.device) -> None:
-    if backend == "triton" and device.type == "cpu":
-        pytest.skip("Triton's interpreter keeps its grid in a global variable")
-    results: dict[int, list[Tensor]] = {}
-    expected: dict[int, list[Tensor]] = {}
-    originals = [make_params([(500,), (3, 7)], device=device) for _ in range(2)]
-    grads = [make_grads(params, 5) for params in originals]
-
-    def work(i: int, into: dict[int, list[Tensor]]) -> None:
-        params = copy_params(originals[i])
-        optimizer = fastremedy.optim.AdamW(params, max_grad_norm=1.0)
-        for of_step in grads[i]:
-            set_grads(params, of_step)
-            fastremedy.clip_(params, 0.9)
-            optimizer.step()
-        into[i] = params
-
-    for i in range(2):
-        work(i, expected)
-    threads = [threading.Thread(target=work, args=(i, results)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        for actual, wanted in zip(results[i], expected[i], strict=True):
-            assert_same_bits(actual.detach(), wanted.detach())

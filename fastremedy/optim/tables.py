@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -24,6 +25,7 @@ class Tables:
 
     def __init__(self) -> None:
         """Build nothing yet."""
+        self.lock = threading.RLock()  # gradients wait in a table from gathering to the update
         self._tables: list[tuple[LocalRows, Table]] | None = None
         self._built_for: tuple[str | None, str, torch.dtype | None] | None = None
         #: Process groups of all parameters, in their order, which ranks share.
