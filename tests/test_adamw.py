@@ -138,6 +138,9 @@ def test_grad_norm_is_of_the_last_step(backend: str, device: torch.device) -> No
         norms.append(optimizer.grad_norm)
     assert [norm.item() for norm in norms] == [5.0, 10.0]
     assert norms[0].device.type == device.type
+    optimizer.max_grad_norm = None
+    optimizer.step()
+    assert optimizer.grad_norm is None
 
 
 def test_no_norm_without_need(backend: str, device: torch.device) -> None:

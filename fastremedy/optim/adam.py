@@ -258,6 +258,7 @@ class Adam(torch.optim.Adam):
             self.param_groups[0].get("noise_seed", 0),
         )
         raw_stats = []
+        self._grad_norm = None
         grad_scale, has_found_inf = options.grad_scale, options.found_inf is not None
         if any(self._tables.everyone) or (len(tables) > 1 and options.needs_norm):
             options, self._grad_norm = fold(tables, self._tables.everyone, options)
