@@ -136,6 +136,18 @@ def test_negated_gradient(backend: str, device: torch.device, shape: tuple[int, 
     torch.testing.assert_close(params[0], params[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (9,)], ids=str)
+def test_negated_parameter(backend: str, device: torch.device, shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, dtype=torch.complex64, device=device)
+    params = [values.conj().imag, -values.imag]
+    optimizer = fastremedy.optim.AdamW(params, lr=0.1)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(shape, device=device)
+        optimizer.step()
+    torch.testing.assert_close(params[0], params[1], rtol=0, atol=0)
+
+
 def test_layout_of_the_gradient_changes_between_steps(backend: str, device: torch.device) -> None:
     values = torch.randn(SHAPE, device=device)
     param, expected = values.clone().requires_grad_(), values.clone().requires_grad_()

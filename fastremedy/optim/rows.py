@@ -236,7 +236,7 @@ def make_rows(
             except ValueError as error:
                 raise ValueError(f"{name_of(param, param_groups)}: {error}") from error
             memory = shards.local(param)
-            dense = is_dense(memory)
+            dense = is_dense(memory) and not memory.is_neg()
             rows.owners.append(param)
             rows.memory.append(memory)
             rows.indirect.append(param.is_complex() or not dense)
