@@ -154,6 +154,7 @@ def test_nonfinite_error(backend: str, device: torch.device, value: float, names
         ("betas", (0.9,)),
         ("betas", ("a", 0.9)),
         ("maximize", torch.ones(2)),
+        ("amsgrad", torch.ones(2)),
     ],
     ids=str,
 )

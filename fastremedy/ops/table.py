@@ -190,7 +190,7 @@ class PythonTable:
         signature: list[object] = []
         for group in param_groups:
             signature += [id(param) for param in group["params"]]
-            signature.append(group["amsgrad"])
+            signature.append(_flag("amsgrad", group["amsgrad"]))
         for param, values in state.items():
             signature.append(id(param))
             if isinstance(values, dict):  # torch lets users keep anything in `state`
