@@ -59,15 +59,13 @@ def test_inner(classes: int, inner: int, softmax: bool) -> None:
 
 @FORMS
 @pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("inner", [1, 5])
+@pytest.mark.parametrize("shape", [(8, 1100, 1), (80, 20, 5)], ids=str)  # several tiles for each
 def test_several_programs(
-    inner: int, labels: bool, softmax: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], labels: bool, softmax: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(focal_loss, "PROGRAMS", 3)
-    shape = (40, 1100 // inner, inner)
-    whole = case(
-        shape, softmax, labels=labels, gamma=1.5, label_smoothing=0.0 if inner > 1 else 0.1
-    )
+    smoothing = 0.1 if shape[-1] == 1 else 0.0
+    whole = case(shape, softmax, labels=labels, gamma=1.5, label_smoothing=smoothing)
     for plan in (focal_loss.plan_sigmoid, focal_loss.plan_softmax):
         plan.cache_clear()
     try:
