@@ -54,14 +54,15 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
         prepare: Callable[[], object] = lambda: None,
         note: str = "",
         bytes_per_element: int | None = None,
+        together: int = 1,
     ) -> None:
-        side = bench.SideBySide(candidates, device, prepare)
+        side = bench.SideBySide(candidates, device, prepare, together)
         rounds = request.config.getoption("rounds") or case.rounds
         benchmark.pedantic(
             side.call,
             args=(bench.OURS,),
             setup=side.peers,
-            rounds=rounds,
+            rounds=rounds * together,
             warmup_rounds=bench.WARM_UP,
         )
         benchmark.extra_info["record"] = {

@@ -7,6 +7,7 @@ share parameters and gradients; each optimizer has its own state.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -125,10 +126,15 @@ class SideBySide:
         candidates: Candidates,
         device: torch.device,
         prepare: Callable[[], object] = lambda: None,
+        together: int = 1,
     ) -> None:
-        """Keep the candidates; ``prepare`` runs untimed before each call."""
+        """Keep the candidates; ``prepare`` runs untimed before each call.
+
+        Quantiles are of the sum of so many calls ``together``, of which not each does the same.
+        """
         self.candidates = candidates
         self.prepare = prepare
+        self.together = together
         self.is_cuda = device.type == "cuda"
         self.ms: dict[str, list[float]] = {name: [] for name in candidates}
         self.host_ms: dict[str, list[float]] = {name: [] for name in candidates}
@@ -168,10 +174,15 @@ class SideBySide:
         """Return p20, p50 and p80 of every candidate's milliseconds."""
         result = {}
         for name, ms in self.ms.items():
-            result[name] = _quantiles(ms[WARM_UP:])
+            result[name] = _quantiles(self._sums(ms))
             if self.is_cuda:
-                result[name]["host_p50"] = round(statistics.median(self.host_ms[name][WARM_UP:]), 6)
+                host = statistics.median(self._sums(self.host_ms[name]))
+                result[name]["host_p50"] = round(host, 6)
         return result
+
+    def _sums(self, ms: list[float]) -> list[float]:
+        begins = range(WARM_UP, len(ms), self.together)
+        return [math.fsum(ms[begin : begin + self.together]) for begin in begins]
 
 
 def _quantiles(ms: list[float]) -> dict[str, float]:

@@ -240,6 +240,12 @@ def test_bench_candidates_take_turns() -> None:
     assert [len(ms) for ms in side.ms.values()] == [bench.WARM_UP + 2] * 2
 
 
+def test_bench_adds_up_calls_together() -> None:
+    side = bench.SideBySide({"ours": lambda: None}, torch.device("cpu"), together=2)
+    side.ms["ours"] = [99.0] * bench.WARM_UP + [1, 2, 3, 4, 5, 6]
+    assert side.quantiles()["ours"]["p50"] == 7
+
+
 def test_bench_candidates_do_the_same_work() -> None:
     results = {}
     for name in (bench.OURS, bench.FUSED, bench.FOREACH):
