@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-CUDA_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # each also serves the later minor versions of its major
+CUDA_ARCHS = os.environ.get("FASTREMEDY_CUDA_ARCHS") or "7.5;8.0;9.0;10.0;12.0+PTX"
 CXX_FLAGS = """-O3 -g0 -std=c++17 -fvisibility=hidden -fopenmp-simd -fno-math-errno
     -fno-trapping-math -ffp-contract=fast""".split()
 NVCC_FLAGS = "-O3 -std=c++17 --threads 2 -Xcompiler -fvisibility=hidden -lineinfo".split()
@@ -34,13 +34,14 @@ def find_cuda():
 
 
 def arch_flags(archs):
-    """Return nvcc's flags for compute capabilities such as ``8.0;9.0+PTX``."""
-    if archs == "native":
-        return ["-arch=native"]
-    targets = [(number, f"sm_{number}") for number in re.findall(r"\d+a?", archs.replace(".", ""))]
-    targets += [(targets[-1][0], f"compute_{targets[-1][0]}")] if archs.endswith("+PTX") else []
-    # For size: a library of 25 MB instead of 93. Every driver for CUDA 13 can decompress it.
-    return ["--compress-mode=size", *(f"-gencode=arch=compute_{n},code={c}" for n, c in targets)]
+    """Return nvcc's flags for native or compute capabilities; each serves later minors, too."""
+    flags = ["-arch=native"] if archs == "native" else []
+    for number, with_ptx in re.findall(r"(\d+a?)(\+PTX)?", archs.replace(".", "")):
+        # What nvcc's front end makes is the same for 8.0 to 9.0, and from 10.0 on: it runs once.
+        ptx = next((n for n in (100, 80) if n <= int(number.rstrip("a"))), number)
+        codes = [f"sm_{number}", *([f"compute_{ptx}"] if with_ptx else [])]
+        flags += [f"-gencode=arch=compute_{ptx},code={code}" for code in codes]
+    return flags
 
 
 def native_library(cuda):
@@ -51,13 +52,11 @@ def native_library(cuda):
     pybind11 = importlib.util.find_spec("pybind11")  # torch's own copy serves where there is none
     includes = [Path(pybind11.origin).parent / "include"] if pybind11 else []
     cxx = [*CXX_FLAGS, *(f"-isystem{path}" for path in (*includes, torch / "include"))]
-    nvcc, link = NVCC_FLAGS, [f"-L{torch}/lib", *LINK_FLAGS]
+    nvcc, link = [*NVCC_FLAGS, *arch_flags(CUDA_ARCHS)], [f"-L{torch}/lib", *LINK_FLAGS]
     sources = [*glob("csrc/host/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/ops/*.cpp")]
     if cuda:
-        archs = os.environ.get("FASTREMEDY_CUDA_ARCHS") or CUDA_ARCHS
         sources += glob("csrc/cuda/*.cu")
-        cxx += ["-DFASTREMEDY_WITH_CUDA", f'-DFASTREMEDY_CUDA_ARCHS="{archs}"']
-        nvcc = [*NVCC_FLAGS, *arch_flags(archs)]
+        cxx += ["-DFASTREMEDY_WITH_CUDA", f'-DFASTREMEDY_CUDA_ARCHS="{CUDA_ARCHS}"']
         link += [f"-L{cuda[1]}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         cpp_extension.CUDA_HOME = str(cuda[0])  # a CPU build of torch does not look for it
         cpp_extension._check_cuda_version = lambda *_: None  # the kernels know no torch

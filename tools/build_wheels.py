@@ -110,7 +110,10 @@ def build_wheel(python: Path, folder: Path, arguments: argparse.Namespace) -> Pa
         sdist = folder / job.run(python, "-c", SDIST, folder, FASTREMEDY_BUILD="none")[-1]
         command = ["-m", "pip", "wheel", "-v", "--no-deps", "--no-index", "--no-build-isolation"]
         command += ["--no-cache-dir"]  # it knows neither FASTREMEDY_BUILD nor the sdist's content
-        job.run(python, *command, "--wheel-dir", work, sdist, FASTREMEDY_BUILD=build)
+        # A wheel of 23 MB instead of 36, which every driver for CUDA 13 can decompress.
+        nvcc = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --compress-mode=size"
+        variables = {"FASTREMEDY_BUILD": build, "NVCC_APPEND_FLAGS": nvcc}
+        job.run(python, *command, "--wheel-dir", work, sdist, **variables)
         (built,) = work.glob("*.whl")
         job.say("repairing")
         command = ["-m", "auditwheel", "repair", "--wheel-dir", str(work / "repaired")]
