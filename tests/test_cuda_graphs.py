@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastremedy
+from fastremedy import _native
 
+from .conftest import HAS_GPU
 from .reference import assert_same_bits
 
 SHAPES = ((64, 33), (7,), (0,), (4096,))
@@ -162,6 +164,48 @@ def test_graphed_callables(gpu: torch.device, gpu_backend: str) -> None:
         torch.testing.assert_close(*losses)
     for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad)
+
+
+# --- the native optimizer, emulated without a GPU ---
+
+
+def launches_of(step: Callable[[], Any]) -> Callable[[], None]:
+    """Capture a step of native kernels; return what runs it."""
+    if not HAS_GPU:
+        run: Callable[[], None] = _native.module_for("cuda").capture(step)
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("is_first", [False, True], ids=["after a step", "first step with grads"])
+def test_eager_steps_between_replays(backend: str, device: torch.device, is_first: bool) -> None:
+    """Each step has its own gradients and learning rate, whatever the kernels were given last."""
+    grads = [torch.full((70000,), value, device=device) for value in (0.5, -2.0, 1.0)]
+    rates = (0.1, 0.01, 0.001)
+    results = []
+    for is_graphed in (False, True):
+        param = torch.ones(70000, device=device)
+        optimizer = fastremedy.optim.AdamW([param])
+
+        def step(number: int, param: Tensor = param, optimizer: Any = optimizer) -> None:
+            param.grad = grads[number]
+            optimizer.param_groups[0]["lr"] = rates[number]
+            optimizer.step()
+
+        step(0)
+        if is_first:  # a table whose kernels have not been given anything
+            param.grad = None
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+        replay = launches_of(lambda step=step: step(1)) if is_graphed else lambda step=step: step(1)
+        for number in (2, 2, 1, 2, 1, 1, 2):
+            replay() if number == 1 else step(number)
+        results.append(param)
+    assert_same_bits(*results)
 
 
 # --- what is refused ---

@@ -132,6 +132,10 @@ struct Stream {
 };
 using cudaStream_t = const Stream*;
 
+inline bool captures(cudaStream_t stream) {
+  return emulation::captured_graph() != nullptr || (stream != nullptr && stream->is_capturing);
+}
+
 // On a device the code of a failed assert comes with the next synchronisation, and stays.
 inline cudaError_t cudaGetLastError() {
   return emulation::has_failed_assert().exchange(false) ? cudaErrorAssert : cudaSuccess;
@@ -166,13 +170,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 
 inline cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
                                    cudaMemcpyKind, cudaStream_t stream) {
-  if (stream != nullptr && stream->is_capturing) return cudaErrorInvalidValue;
+  if (captures(stream)) return cudaErrorInvalidValue;
   if (bytes > 0) std::memcpy(destination, source, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  const bool is_capturing = stream != nullptr && stream->is_capturing;
-  *status = is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = captures(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 

@@ -275,7 +275,19 @@ inline void run_threads(std::vector<Thread>& threads, const Body& body) {
 
 #endif
 
+// What launches leave instead of running while a graph is captured; null otherwise.
+using Graph = std::vector<Body>;
+
+inline Graph*& captured_graph() {
+  static Graph* graph = nullptr;
+  return graph;
+}
+
 inline void launch(Index grid, Index block_size, const Body& body) {
+  if (Graph* const graph = captured_graph()) {
+    graph->push_back([=] { launch(grid, block_size, body); });
+    return;
+  }
   const unsigned num_threads = block_size.count();
   for (unsigned first = 0; first < grid.count(); first += kResidentBlocks) {
     std::deque<Block> blocks;

@@ -117,6 +117,7 @@ class AdamWTable {
   std::vector<AdamWCorrection> corrections_;  // CPU
   uintptr_t uploaded_to_ = 0;                 // CUDA: workspace that holds tensors and chunks
   std::vector<char> uploaded_;                // CUDA: gradients and hyper-parameters as uploaded
+  bool is_captured_ = false;                  // CUDA: replays of a graph upload, too
 };
 
 void bind_adamw(py::module_& module);

@@ -49,24 +49,25 @@ void AdamWTable::step_on_cuda(AdamWArgs args, uintptr_t base) {
 
   void* stream = current_stream(device_);
   const DeviceGuard guard(device_);
+  // What is captured gets there at a replay, and other steps in between: each uploads its own.
+  const bool is_capturing = cuda::is_capturing(stream);
+  is_captured_ |= is_capturing;
   if (uploaded_to_ != base) {
     check_cuda(cuda::upload(Workspace::at<char>(base, layout.tensors), tensors_.data(),
                             tensors_.size() * sizeof(AdamWTensor), stream));
     check_cuda(cuda::upload(Workspace::at<char>(base, layout.chunks), chunks_.data(),
                             chunks_.size() * sizeof(Chunk), stream));
-    uploaded_to_ = base;
+    uploaded_to_ = is_capturing ? 0 : base;
     uploaded_.clear();
   }
   std::vector<char> current(layout.uploaded);
   std::memcpy(current.data(), grads_.data(), grads_.size() * sizeof(GradTensor));
   std::memcpy(current.data() + (layout.hypers - layout.grads), hypers_.data(),
               hypers_.size() * sizeof(AdamWHyper));
-  // A graph restores what it was captured with: other steps may have changed it before a replay.
-  const bool is_capturing = cuda::is_capturing(stream);
-  if (current != uploaded_ || is_capturing) {
+  if (current != uploaded_ || is_captured_) {
     check_cuda(cuda::upload(Workspace::at<char>(base, layout.grads), current.data(), current.size(),
                             stream));
-    uploaded_ = is_capturing ? std::vector<char>() : std::move(current);
+    uploaded_ = std::move(current);
   }
   check_cuda(cuda::launch_adamw_prepare(args, stream));
   check_cuda(cuda::launch_adamw_update(args, stream));
