@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 import fastremedy
 from fastremedy import _native
+from fastremedy.ops import dispatch
 
 from .conftest import HAS_GPU
 from .reference import assert_same_bits
@@ -164,6 +168,55 @@ def test_graphed_callables(gpu: torch.device, gpu_backend: str) -> None:
         torch.testing.assert_close(*losses)
     for actual, expected in zip(module.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_cuda
+def test_graphs_of_the_compiler(gpu: torch.device, gpu_backend: str) -> None:
+    """Before it captures them it runs them, and raises if anything stays in their memory pool."""
+    torch.compiler.reset()
+    eager = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        fastremedy.nn.BatchNormReLU2d(8),
+        nn.Flatten(),
+        nn.Linear(8 * 6 * 6, 5),
+    ).to(gpu)
+    compiled = copy.deepcopy(eager)
+    criterion, labels = fastremedy.nn.FocalLoss(), torch.arange(4, device=gpu)
+
+    def loss_of(model: nn.Module, images: Tensor) -> Tensor:
+        loss: Tensor = criterion(model(images), labels)
+        return loss
+
+    graphed = torch.compile(loss_of, mode="reduce-overhead")
+    for _ in range(4):  # run, captured, replayed
+        images = torch.randn(4, 3, 8, 8, device=gpu)
+        torch.compiler.cudagraph_mark_step_begin()
+        for run, model in ((loss_of, eager), (graphed, compiled)):
+            model.zero_grad()
+            run(model, images).backward()
+        for actual, expected in zip(compiled.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_memory_for_good_is_of_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools of CUDA graphs are of a thread."""
+    threads = []
+
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        threads.append(threading.get_ident())
+        return torch.empty(*args, dtype=kwargs["dtype"]).zero_()
+
+    stream = types.SimpleNamespace(cuda_stream=1, device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(dispatch, "_workspaces", {})
+    monkeypatch.setattr(torch, "zeros", zeros)
+    first, second = (dispatch.workspace(torch.device("cuda:0"), 8) for _ in range(2))
+    assert first is second
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
 
 
 # --- the native optimizer, emulated without a GPU ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -107,11 +108,20 @@ def workspace(device: torch.device, num_bytes: int, stem: str = "") -> Tensor | 
     if torch.cuda.is_current_stream_capturing():
         # Memory of the graph: a replay on another stream must not meet this stream's calls.
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, stem)
+    stream = torch.cuda.current_stream(device)
+    key = (device, stream.cuda_stream, stem)
     known = _workspaces.get(key)
     if known is None or known.numel() < num_bytes:
-        known = _workspaces[key] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        # torch.compile, before it captures a graph, runs it with memory of the graph's pool, in
+        # which nothing may stay. Pools are of one thread: take memory in another.
+        with ThreadPoolExecutor(1) as thread:
+            known = _workspaces[key] = thread.submit(_zeros_on, stream, num_bytes).result()
     return known
+
+
+def _zeros_on(stream: torch.cuda.Stream, num_bytes: int) -> Tensor:
+    with torch.cuda.stream(stream):
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=stream.device)
 
 
 def clip_grad_norm_(
