@@ -15,6 +15,7 @@ raises with the reason; without one the first backend of the table that can run 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from types import TracebackType
@@ -45,6 +46,16 @@ def _cuda_reason() -> str | None:
         return "the native library was built without nvcc"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    return None
+
+
+@functools.cache
+def _reason_of_gpu(index: int) -> str | None:
+    """Ask the runtime of the native library, which may want a newer driver or GPU than torch's."""
+    try:
+        _native.module_for("cuda").check_cuda_device(index)
+    except RuntimeError as error:
+        return f"the native library's kernels do not run on cuda:{index}: {error}"
     return None
 
 
@@ -95,6 +106,9 @@ def reason_against(name: str, device: torch.device | str) -> str | None:
     device_type = _type_of(device)
     if reason is None and device_type != wanted:
         reason = f"it runs on {wanted} tensors, got {device_type}"
+    if reason is None and name == "cuda" and device_type == "cuda":
+        index = torch.device(device).index
+        reason = _reason_of_gpu(torch.cuda.current_device() if index is None else index)
     return reason
 
 

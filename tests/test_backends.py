@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,35 @@ def test_cuda_without_a_gpu_says_why() -> None:
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: "):
         backends.use("cuda")
     assert backends.choice() is None
+
+
+def test_gpu_that_the_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver, say, may serve torch and be too old for the kernels' runtime."""
+    asked = []
+
+    def check_cuda_device(index: int) -> None:
+        asked.append(index)
+        if index == 1:
+            raise RuntimeError("CUDA error: CUDA driver version is insufficient")
+
+    library = types.SimpleNamespace(has_cuda=True, check_cuda_device=check_cuda_device)
+    monkeypatch.setattr(_native, "library", lambda: library)
+    monkeypatch.setattr(backends, "_triton_reason", lambda: None)
+    monkeypatch.setattr(backends, "_triton_interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    backends._reason_of_gpu.cache_clear()
+    try:
+        for _ in range(2):
+            assert backends.active("adamw", torch.device("cuda", 0)) == "cuda"
+            assert backends.active("adamw", "cuda:0") == "cuda"
+            assert backends.active("adamw", torch.device("cuda", 1)) == "triton"
+            assert backends.active("adamw", "cuda") == "triton"
+        with backends.use("cuda"), pytest.raises(RuntimeError, match="cuda:1: CUDA error: CUDA dr"):
+            backends.active("adamw", "cuda")
+        assert asked == [0, 1]
+    finally:
+        backends._reason_of_gpu.cache_clear()
 
 
 def test_chosen_backend_reaches_other_threads() -> None:

@@ -52,9 +52,9 @@ bool is_capturing(void* stream) {
 
 const char* error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-int device_count() {
-  int count = 0;
-  return status_of(cudaGetDeviceCount(&count)) == 0 ? count : 0;
+int find_kernels() {
+  cudaFuncAttributes attributes;
+  return status_of(cudaFuncGetAttributes(&attributes, upload_kernel));
 }
 
 int set_device(int device) { return status_of(cudaSetDevice(device)); }

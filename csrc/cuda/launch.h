@@ -81,8 +81,8 @@ bool is_capturing(void* stream);
 
 const char* error_string(int code);
 
-// Number of devices the driver shows, 0 without a driver.
-int device_count();
+// An error where the current device or its driver cannot run what this library was built for.
+int find_kernels();
 
 int set_device(int device);
 int current_device();

@@ -23,14 +23,11 @@ PYBIND11_MODULE(FASTREMEDY_MODULE, module) {
   module.attr("has_cuda") = host::kHasCuda;
 #ifdef FASTREMEDY_WITH_CUDA
   module.attr("cuda_archs") = FASTREMEDY_CUDA_ARCHS;
-#endif
-  module.def("cuda_device_count", [] {
-#if defined(FASTREMEDY_WITH_CUDA) || defined(FASTREMEDY_EMULATION)
-    return fastremedy::cuda::device_count();
-#else
-    return 0;
-#endif
+  module.def("check_cuda_device", [](int index) {
+    const host::DeviceGuard guard({kDLCUDA, index});
+    host::check_cuda(fastremedy::cuda::find_kernels());
   });
+#endif
   host::bind_clip_grad_norm(module);
   host::bind_adamw(module);
   host::bind_batch_norm_relu(module);
