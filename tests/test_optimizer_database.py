@@ -63,14 +63,15 @@ def test_inputs(
         train(optimizer, make_grads(params_of(optimizer), 5))
         runs.append(optimizer)
     ours, by_torch = runs
-    # Five updates in this dtype; tensor hyper-parameters are float32 in torch's arithmetic.
-    is_tensor = any(torch.is_tensor(value) for value in case.kwargs.values())
-    rounding = torch.finfo(torch.float32 if is_tensor else dtype).eps
+    # Five updates in this dtype; in torch tensor hyper-parameters and capturable steps are float32.
+    is_float32 = any(torch.is_tensor(value) for value in torch_options.values())
+    is_float32 = is_float32 or torch_options.get("capturable", False)
+    rounding = torch.finfo(torch.float32 if is_float32 else dtype).eps
     for param, expected in zip(params_of(ours), params_of(by_torch), strict=True):
         torch.testing.assert_close(param, expected, rtol=32 * rounding, atol=32 * rounding)
         for key, value in by_torch.state[expected].items():
             torch.testing.assert_close(
-                ours.state[param][key].to(value.dtype),
+                ours.state[param][key].to(value),  # torch has steps on the CPU
                 value,
                 rtol=32 * rounding,
                 atol=32 * rounding,
