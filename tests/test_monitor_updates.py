@@ -32,7 +32,8 @@ def updates_of(
     """Return the columns of updates in float64."""
     updates = {}
     for name, param in model.named_parameters():
-        new, old, grad = param.detach().double(), before[name].double(), grads[name].double()
+        values = (param.detach(), before[name], grads[name])
+        new, old, grad = (tensor.double().cpu() for tensor in values)
         moved = new != old
         columns = {
             "grad_norm": grad.norm(),
