@@ -178,7 +178,7 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], list[Tensor
     "negative view": (lambda x: torch.complex(x, 2 * x).conj().imag, lambda x: [-2 * x]),
     "sparse": (lambda x: x.relu().to_sparse(), lambda x: [x[x > 0]]),
     "compressed": (lambda x: x.to_sparse_csr(), None),
-    "other layout": (lambda x: x.detach().to_mkldnn(), None),
+    "other layout": (lambda x: x.detach().cpu().to_mkldnn(), None),
     "empty": (lambda x: x[:0], lambda x: []),
     "no channels": (lambda x: x[:, :0], lambda x: []),
     "scalar": (lambda x: x.sum(), lambda x: [x.sum()]),
