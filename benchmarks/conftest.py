@@ -34,6 +34,15 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _compile_anew() -> None:
+    """Let torch.compile know one size at a time: from the second on kernels are for any size.
+
+    After eight forms of a function it compiles no more.
+    """
+    torch.compiler.reset()
+
+
 @pytest.fixture(params=bench.devices(), ids=str)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Return each device of this machine."""
