@@ -94,7 +94,8 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
     """Replace pytest-benchmark's file by ours: what was measured, on what, at which commit."""
-    records = [entry["extra_info"]["record"] for entry in output_json["benchmarks"]]
+    known = [entry["extra_info"] for entry in output_json["benchmarks"]]
+    records = [extra["record"] for extra in known if extra]  # the last is empty if time was up
     output_json.clear()
     output_json |= {
         "machine": bench.machine(),

@@ -5,8 +5,9 @@
 #
 # The stages of correctness run at the same time, then the benchmarks alone. Each has a log and a time
 # limit of its own; none hides another. STAGES names some of them ("build info test memcheck racecheck
-# large bench"), TEST_SECONDS is the limit of the tests and the sanitizers (default: 190): where a command
-# may not take long, call this several times. $OUT (default: gpu_check_out) receives the logs, summary.json
+# large bench"), TEST_SECONDS is the limit of the tests and the sanitizers (default: 190), BENCH_SECONDS
+# of the benchmarks (default: 160), of which those that are done by then count: where a command may not
+# take long, call this several times. $OUT (default: gpu_check_out) receives the logs, summary.json
 # and the result of the benchmarks, to be committed under benchmarks/results/. Where the sources came
 # without git, FASTREMEDY_COMMIT names the commit.
 set -uo pipefail
@@ -26,7 +27,7 @@ ours=build/system${python//\//-}/bin/python # the layer that `make SYSTEM=1` lay
 stage() {
   local name=$1 limit=$2 begin=$SECONDS outcome
   shift 2
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+  timeout --signal="${SIGNAL:-TERM}" --kill-after=30 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
   case $? in
     0) outcome=passed ;;
     124 | 137) outcome="stopped after $limit s" ;;
@@ -71,7 +72,7 @@ is_wanted memcheck && stage memcheck "$limit" bash -c 'sanitize memcheck' &
 is_wanted racecheck && stage racecheck "$limit" bash -c 'sanitize racecheck' &
 wait
 is_wanted large && FASTREMEDY_LARGE=1 stage large 60 "$ours" -m pytest tests/test_large.py -k "cuda or triton"
-is_wanted bench && stage bench 160 bash -c measure
+is_wanted bench && SIGNAL=INT stage bench "${BENCH_SECONDS:-160}" bash -c measure # which then saves
 
 printf "[%s]\n" "$(cat "$outcomes"/* | paste -sd,)" >"$out/summary.json"
 ! grep -qv '"passed"' "$outcomes"/*
