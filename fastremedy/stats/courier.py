@@ -15,6 +15,7 @@ class _Sent(NamedTuple):
     step: int
     parcel: Parcel
     events: list[torch.cuda.Event]
+    pinned: list[tuple[str, str]]  # of the parcel
 
 
 class Courier:
@@ -27,7 +28,7 @@ class Courier:
 
     def send(self, step: int, parcel: Parcel) -> None:
         """Take tensors that nobody else will write to."""
-        events = []
+        events, pinned = [], []
         for device in {tensor.device for tensor in parcel.values() if tensor.is_cuda}:
             stream = self._streams.get(device)
             if stream is None:
@@ -36,13 +37,14 @@ class Courier:
             with torch.cuda.stream(stream):
                 for name, tensor in parcel.items():
                     if tensor.device == device:
-                        pinned = torch.empty(
+                        memory = torch.empty(
                             tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
                         )
-                        parcel[name] = pinned.copy_(tensor, non_blocking=True)
+                        parcel[name] = memory.copy_(tensor, non_blocking=True)
                         tensor.record_stream(stream)
+                        pinned.append(name)
                 events.append(stream.record_event())
-        self._sent.append(_Sent(step, parcel, events))
+        self._sent.append(_Sent(step, parcel, events, pinned))
 
     def arrived(self, wait: bool = False) -> list[tuple[int, Parcel]]:
         """Return what has arrived since the last call, in order; with ``wait`` everything sent."""
@@ -54,9 +56,8 @@ class Courier:
                     event.synchronize()
             elif not all(event.query() for event in sent.events):
                 break
-            if sent.events:  # pinned memory is scarce
-                for name, tensor in sent.parcel.items():
-                    sent.parcel[name] = tensor.clone()
+            for name in sent.pinned:  # it is scarce; layouts are known by their identity
+                sent.parcel[name] = sent.parcel[name].clone()
             arrived.append((sent.step, sent.parcel))
             self._sent.popleft()
         return arrived
