@@ -297,6 +297,7 @@ def test_parameters_on_the_cpu_are_refused(request: pytest.FixtureRequest) -> No
 
 
 @pytest.mark.needs_cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_first_step_is_refused(gpu: torch.device, gpu_backend: str) -> None:
     training = Training(gpu, torch.float32)
     before = [param.clone() for param in training.params]
