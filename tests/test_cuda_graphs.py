@@ -172,6 +172,7 @@ def test_graphed_callables(gpu: torch.device, gpu_backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.needs_cuda
+@pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_graphs_of_the_compiler(gpu: torch.device, gpu_backend: str) -> None:
     """Before it captures them it runs them, and raises if anything stays in their memory pool."""
     torch.compiler.reset()
