@@ -345,8 +345,8 @@ void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
   }
 }
 
-void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
-  if (args.norm.result->skip) return;
+void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges,
+                  const std::function<void()>& meanwhile) {
   const auto visit = [&](int32_t first, int32_t last) {
     KnownCoefficients<float> known(args.norm.result->grad_factor);
     KnownCoefficients<double> known_double(args.norm.result->grad_factor);
@@ -362,7 +362,7 @@ void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
     }
   };
   // Backwards: the gradients that the norm read last are still in the cache.
-  parallel_over(ranges.data(), static_cast<int64_t>(ranges.size()) - 1, true, visit);
+  parallel_over(ranges, true, visit, meanwhile);
   if (args.update_stats != nullptr) add_partials(args);
 }
 

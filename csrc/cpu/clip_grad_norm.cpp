@@ -163,7 +163,7 @@ void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges) {
         }
       }
     };
-    parallel_over(ranges.data(), static_cast<int64_t>(ranges.size()) - 1, false, visit);
+    parallel_over(ranges, false, visit);
     total = norm_identity(args.kind, norm_type);
     for (int32_t i = 0; i < args.num_chunks; ++i) {
       total = norm_combine(args.kind, norm_type, total, args.partials[i]);
@@ -199,7 +199,7 @@ void scale_grads(const GradNormArgs& args, const std::vector<int32_t>& ranges) {
     }
   };
   // Backwards: what the norm read last is still in the cache.
-  parallel_over(ranges.data(), static_cast<int64_t>(ranges.size()) - 1, true, visit);
+  parallel_over(ranges, true, visit);
 }
 
 }  // namespace fastremedy::cpu

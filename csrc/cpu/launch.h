@@ -1,6 +1,7 @@
 // The CPU kernels. Arguments are those of the CUDA launches; `ranges` adds how chunks share out.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "../core/arguments.h"
@@ -17,7 +18,9 @@ std::vector<int32_t> make_ranges(const std::vector<Chunk>& chunks, const GradTen
 void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges);
 void scale_grads(const GradNormArgs& args, const std::vector<int32_t>& ranges);
 void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges);
-void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges);
+// Unless the step is skipped. The calling thread begins with meanwhile().
+void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges,
+                  const std::function<void()>& meanwhile);
 
 void batch_norm_relu_forward(const BatchNormForwardArgs& args);
 void batch_norm_relu_backward(const BatchNormBackwardArgs& args);

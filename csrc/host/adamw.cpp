@@ -3,11 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifndef FASTREMEDY_EMULATION
 #include "../cpu/launch.h"
+#include "../cpu/parallel.h"
 #endif
 
 namespace fastremedy::host {
@@ -29,8 +32,11 @@ py::object item(const py::list& list, size_t i) {
 }  // namespace
 
 AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
-                       const py::list& param_groups, const py::dict& state, uintptr_t retained)
-    : retained_(reinterpret_cast<RetainedTensors*>(retained)) {
+                       const py::list& param_groups, const py::dict& state, uintptr_t retained,
+                       py::function note_update)
+    : state_(state),
+      note_update_(std::move(note_update)),
+      retained_(reinterpret_cast<RetainedTensors*>(retained)) {
   const size_t count = py::len(columns.owners);
   for (size_t i = 0; i < count; ++i) {
     const py::object param = item(columns.params, i);
@@ -76,15 +82,9 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
   for (size_t g = 0; g < groups_.size(); ++g) {
     groups_[g].hypers.read(item(param_groups, g), device_, &hypers_[g]);
   }
-  for (const auto& [key, values] : state) {
-    StateEntry entry{
-        py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(values), {}};
-    if (PyDict_Check(values.ptr())) {  // torch lets users keep anything in `state`
-      for (const auto& [name, tensor] : py::reinterpret_borrow<py::dict>(values)) {
-        entry.tensors.push_back(py::reinterpret_borrow<py::object>(tensor));
-      }
-    }
-    state_.push_back(std::move(entry));
+  for (const auto& [_, values] : state) {
+    // torch lets users keep anything in `state`.
+    if (PyDict_Check(values.ptr())) states_.emplace_back(py::reinterpret_borrow<py::dict>(values));
   }
 
 #ifdef FASTREMEDY_EMULATION
@@ -139,26 +139,16 @@ bool AdamWTable::groups_match(const py::list& param_groups) {
   return true;
 }
 
-bool AdamWTable::state_matches(const py::dict& state) const {
-  if (static_cast<size_t>(PyDict_Size(state.ptr())) != state_.size()) return false;
-  PyObject *key, *values, *name, *tensor;
-  Py_ssize_t position = 0;
-  for (const StateEntry& entry : state_) {
-    if (!PyDict_Next(state.ptr(), &position, &key, &values)) return false;
-    if (key != entry.key.ptr() || values != entry.values.ptr()) return false;
-    if (!PyDict_Check(values)) continue;
-    if (static_cast<size_t>(PyDict_Size(values)) != entry.tensors.size()) return false;
-    Py_ssize_t inner = 0;
-    for (const py::object& expected : entry.tensors) {
-      if (!PyDict_Next(values, &inner, &name, &tensor) || tensor != expected.ptr()) return false;
-    }
-  }
-  return true;
+bool AdamWTable::state_matches(const py::dict& state) {
+  return state.is(state_.dict()) && state_.is_unchanged() &&
+         std::all_of(states_.begin(), states_.end(),
+                     [](KnownDict& values) { return values.is_unchanged(); });
 }
 
-// False if a parameter or a state tensor has got other memory, or a parameter another layout.
-bool AdamWTable::tensors_are_in_place() const {
+template <class Meanwhile>
+bool AdamWTable::tensors_are_in_place(const Meanwhile& meanwhile) const {
 #ifdef FASTREMEDY_EMULATION
+  meanwhile();
   for (size_t i = 0; i < rows_.size(); ++i) {  // without torch, DLPack has to tell
     const DLTensor param = require_tensor(keepalive_[i * kNumColumns], "param");
     if (data_of(param) != tensors_[i].param || !rows_[i].layout.matches(param)) return false;
@@ -169,7 +159,16 @@ bool AdamWTable::tensors_are_in_place() const {
   }
   return true;
 #else
-  return retained_ == nullptr || is_in_place(retained_);
+  constexpr int64_t kPart = 256;
+  const int64_t count = retained_ == nullptr ? 0 : num_retained(retained_);
+  std::atomic<bool> are_in_place{true};
+  cpu::parallel_for((count + kPart - 1) / kPart, false, is_cuda(device_) || count <= 4 * kPart,
+                    [&](int64_t part) {
+                      const int64_t begin = part * kPart, end = std::min(begin + kPart, count);
+                      if (!is_in_place(retained_, begin, end)) are_in_place = false;
+                    },
+                    meanwhile);
+  return are_in_place;
 #endif
 }
 
@@ -194,10 +193,15 @@ bool AdamWTable::read_grad(PyObject* grad, size_t row) {
 std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_groups,
                                                        const py::dict& state) {
   if (!groups_match(param_groups) || !state_matches(state)) return std::nullopt;
-  if (!tensors_are_in_place()) return std::nullopt;
   for (const py::object& param : stateless_) {
     if (!grad_of(param.ptr()).is_none()) return std::nullopt;
   }
+  std::vector<int64_t> unread;
+  if (!tensors_are_in_place([&] { unread = read_grads(); })) return std::nullopt;
+  return unread;
+}
+
+std::vector<int64_t> AdamWTable::read_grads() {
   num_grads_ = 0;
   has_float64_grad_ = false;
   std::vector<int64_t> unread;
@@ -252,24 +256,22 @@ AdamWArgs AdamWTable::arguments(const Step& step) {
   return args;
 }
 
-bool AdamWTable::step(const Step& step) {
+void AdamWTable::step(const Step& step) {
   const AdamWArgs args = arguments(step);
-  bool skipped = false;
   if (is_cuda(device_)) {
     step_on_cuda(args, step.workspace);
+    note_update_();  // the host does not know whether the step is skipped
   } else {
-    skipped = step_on_cpu(args);
+    step_on_cpu(args);
   }
   for (py::object& grad : grad_owners_) grad = py::object();
-  return skipped;
 }
 
-bool AdamWTable::step_on_cpu(AdamWArgs args) {
+void AdamWTable::step_on_cpu(AdamWArgs args) {
 #ifdef FASTREMEDY_EMULATION
   static_cast<void>(args);
   throw std::runtime_error("the emulation has no CPU kernels");
 #else
-  const py::gil_scoped_release release;
   ClipResult result;
   args.norm.grads = grads_.data();
   args.norm.chunks = chunks_.data();
@@ -282,9 +284,14 @@ bool AdamWTable::step_on_cpu(AdamWArgs args) {
     update_partials_.resize(chunks_.size());
     args.update_partials = update_partials_.data();
   }
+  std::optional<py::gil_scoped_release> released(std::in_place);
   cpu::adamw_prepare(args, ranges_);
-  cpu::adamw_update(args, ranges_);
-  return result.skip != 0;
+  released.reset();
+  if (result.skip) return;
+  cpu::adamw_update(args, ranges_, [&] {
+    note_update_();
+    released.emplace();
+  });
 #endif
 }
 
@@ -294,16 +301,17 @@ void bind_adamw(py::module_& module) {
                        py::list exp_avg_sqs, py::list max_exp_avg_sqs, py::list residuals,
                        py::list steps, py::list groups, py::list streams, py::list indirect,
                        const py::list& stateless, const py::list& param_groups,
-                       const py::dict& state, uintptr_t retained) {
+                       const py::dict& state, uintptr_t retained, py::function note_update) {
              return new AdamWTable({owners, specs, params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
                                     residuals, steps, groups, streams, indirect},
-                                   stateless, param_groups, state, retained);
+                                   stateless, param_groups, state, retained,
+                                   std::move(note_update));
            }),
            py::kw_only(), py::arg("owners"), py::arg("specs"), py::arg("params"),
            py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"),
            py::arg("residuals"), py::arg("steps"), py::arg("groups"), py::arg("streams"),
            py::arg("indirect"), py::arg("stateless"), py::arg("param_groups"), py::arg("state"),
-           py::arg("retained"))
+           py::arg("retained"), py::arg("note_update"))
       .def("gather", &AdamWTable::gather, py::arg("param_groups"), py::arg("state"))
       .def("set_grad", &AdamWTable::set_grad, py::arg("row"), py::arg("grad"))
       .def("grads", &AdamWTable::grads)
@@ -316,9 +324,8 @@ void bind_adamw(py::module_& module) {
              bool skip_nonfinite, py::object grad_scale, py::object found_inf, int32_t rounding,
              uint64_t seed, uintptr_t total_norm, uintptr_t num_skipped, uintptr_t update_stats,
              uintptr_t workspace) {
-            return table.step({max_norm, norm_type, needs_norm, skip_nonfinite, grad_scale,
-                               found_inf, rounding, seed, total_norm, num_skipped, update_stats,
-                               workspace});
+            table.step({max_norm, norm_type, needs_norm, skip_nonfinite, grad_scale, found_inf,
+                        rounding, seed, total_norm, num_skipped, update_stats, workspace});
           },
           py::arg("max_norm"), py::arg("norm_type"), py::arg("needs_norm"),
           py::arg("skip_nonfinite"), py::arg("grad_scale"), py::arg("found_inf"),

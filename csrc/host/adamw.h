@@ -10,6 +10,7 @@
 #include "device.h"
 #include "dtensor.h"
 #include "hyper.h"
+#include "known_dict.h"
 #include "retained_tensors.h"
 
 namespace fastremedy::host {
@@ -33,8 +34,9 @@ class AdamWTable {
  public:
   // `stateless`: parameters without state; when one gets a gradient the table is out of date.
   // `retained`: address of the RetainedTensors of columns.params, 0 where there are none.
+  // `note_update`: tells autograd that columns.params change.
   AdamWTable(const AdamWColumns& columns, const py::list& stateless, const py::list& param_groups,
-             const py::dict& state, uintptr_t retained);
+             const py::dict& state, uintptr_t retained, py::function note_update);
   ~AdamWTable();
   AdamWTable(const AdamWTable&) = delete;
   AdamWTable& operator=(const AdamWTable&) = delete;
@@ -65,8 +67,8 @@ class AdamWTable {
     uintptr_t workspace;     // zeros at first, then left alone
   };
 
-  // Updates; releases the gradients. Returns whether a CPU step was skipped.
-  bool step(const Step& step);
+  // Updates; releases the gradients.
+  void step(const Step& step);
 
  private:
   struct Row {
@@ -80,27 +82,29 @@ class AdamWTable {
     std::vector<py::object> members;
     HyperReader hypers;
   };
-  struct StateEntry {
-    py::object key;
-    py::object values;
-    std::vector<py::object> tensors;
-  };
 
   bool groups_match(const py::list& param_groups);
-  bool state_matches(const py::dict& state) const;
-  bool tensors_are_in_place() const;
+  bool state_matches(const py::dict& state);
+  // False if a parameter or a state tensor has got other memory, or a parameter another layout.
+  // Calls meanwhile() on this thread, while others look.
+  template <class Meanwhile>
+  bool tensors_are_in_place(const Meanwhile& meanwhile) const;
+  // Returns the rows whose gradient the kernels cannot take as it is.
+  std::vector<int64_t> read_grads();
   bool read_grad(PyObject* grad, size_t row);
   AdamWArgs arguments(const Step& step);
-  bool step_on_cpu(AdamWArgs args);
+  void step_on_cpu(AdamWArgs args);
   void step_on_cuda(AdamWArgs args, uintptr_t workspace);
 
   DLDevice device_{};
   std::vector<Row> rows_;
   std::vector<Group> groups_;
-  std::vector<StateEntry> state_;
+  KnownDict state_;
+  std::vector<KnownDict> states_;  // of the parameters
   std::vector<py::object> stateless_;
   static constexpr size_t kNumColumns = 6;
   std::vector<py::object> keepalive_;  // kNumColumns tensors a row, from params to steps
+  py::function note_update_;
   RetainedTensors* retained_;
 
   std::vector<AdamWTensor> tensors_;

@@ -4,7 +4,6 @@
 #include <string>
 
 namespace fastremedy::host {
-namespace {
 
 const DLPackExchangeAPI* find_exchange_api() {
   const py::object tensor_type = py::module_::import("torch").attr("Tensor");
@@ -20,54 +19,23 @@ const DLPackExchangeAPI* find_exchange_api() {
   return api;
 }
 
-const DLPackExchangeAPI& exchange_api() {
-  static const DLPackExchangeAPI* const api = find_exchange_api();
-  return *api;
+GradGetter::GradGetter() {
+  const py::object base = py::module_::import("torch").attr("_C").attr("TensorBase");
+  descriptor_ = base.attr("grad");
+  name_ = PyUnicode_InternFromString("grad");
+  if (Py_TYPE(descriptor_.ptr()) == &PyGetSetDescr_Type) {
+    getset_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_.ptr())->d_getset;
+  }
 }
 
-// torch's own getter of Tensor.grad. Calling it directly saves the attribute look-up, a fifth of
-// the time that a gradient takes.
-class GradGetter {
- public:
-  GradGetter() {
-    const py::object base = py::module_::import("torch").attr("_C").attr("TensorBase");
-    descriptor_ = base.attr("grad");
-    name_ = PyUnicode_InternFromString("grad");
-    if (Py_TYPE(descriptor_.ptr()) == &PyGetSetDescr_Type) {
-      getset_ = reinterpret_cast<PyGetSetDescrObject*>(descriptor_.ptr())->d_getset;
-    }
-  }
-
-  PyObject* get(PyObject* tensor) {
-    if (Py_TYPE(tensor) != known_type_) learn(Py_TYPE(tensor));
-    return is_plain_ ? getset_->get(tensor, getset_->closure) : PyObject_GetAttr(tensor, name_);
-  }
-
- private:
-  // A subclass may have a `grad` or a __getattr__ of its own.
-  void learn(PyTypeObject* type) {
-    const auto attribute = py::reinterpret_steal<py::object>(
-        PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
-    is_plain_ = getset_ != nullptr && attribute.is(descriptor_) &&
-                type->tp_getattro == PyObject_GenericGetAttr;
-    PyErr_Clear();
-    known_type_ = type;
-  }
-
-  py::object descriptor_;
-  PyObject* name_;
-  PyGetSetDef* getset_ = nullptr;
-  PyTypeObject* known_type_ = nullptr;
-  bool is_plain_ = false;
-};
-
-}  // namespace
-
-py::object grad_of(PyObject* tensor) {
-  static GradGetter* const getter = new GradGetter;
-  PyObject* grad = getter->get(tensor);
-  if (grad == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(grad);
+// A subclass may have a `grad` or a __getattr__ of its own.
+void GradGetter::learn(PyTypeObject* type) {
+  const auto attribute =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
+  is_plain_ = getset_ != nullptr && attribute.is(descriptor_) &&
+              type->tp_getattro == PyObject_GenericGetAttr;
+  PyErr_Clear();
+  known_type_ = type;
 }
 
 bool has_minus_sign(PyObject* tensor) {
@@ -75,16 +43,6 @@ bool has_minus_sign(PyObject* tensor) {
   PyObject* answer = PyObject_CallMethodNoArgs(tensor, name);
   if (answer == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(answer).is(py::bool_(true));
-}
-
-bool is_negated(PyObject* tensor, int64_t numel) { return numel == 1 && has_minus_sign(tensor); }
-
-bool read_tensor(PyObject* tensor, DLTensor* out) {
-  if (exchange_api().dltensor_from_py_object_no_sync(tensor, out) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  return out->data != nullptr || numel_of(*out) == 0;  // subclasses that wrap others have no memory
 }
 
 DLTensor require_tensor(py::handle tensor, const char* name) {
@@ -109,29 +67,6 @@ void* current_stream(DLDevice device) {
     throw py::error_already_set();
   }
   return stream;
-}
-
-int64_t numel_of(const DLTensor& tensor) {
-  int64_t numel = 1;
-  for (int32_t d = 0; d < tensor.ndim; ++d) numel *= tensor.shape[d];
-  return numel;
-}
-
-bool dtype_of(const DLTensor& tensor, DType* dtype) {
-  const DLDataType type = tensor.dtype;
-  if (type.lanes != 1) return false;
-  if (type.code == kDLFloat && type.bits == 32) {
-    *dtype = DType::kFloat32;
-  } else if (type.code == kDLFloat && type.bits == 64) {
-    *dtype = DType::kFloat64;
-  } else if (type.code == kDLFloat && type.bits == 16) {
-    *dtype = DType::kFloat16;
-  } else if (type.code == kDLBfloat && type.bits == 16) {
-    *dtype = DType::kBFloat16;
-  } else {
-    return false;
-  }
-  return true;
 }
 
 bool is_dense(const DLTensor& tensor) {

@@ -24,10 +24,9 @@ bool have_equal(const py::object& a, const py::object& b, PyObject* name) {
 Distribution::Distribution(const py::object& param, py::object spec)
     : type_(Py_TYPE(param.ptr())), spec_(std::move(spec)) {}
 
-py::object Distribution::memory_of(py::object grad) const {
+py::object Distribution::local_memory_of(const py::object& grad) const {
   static PyObject* const spec = PyUnicode_InternFromString("_spec");
   static PyObject* const memory = PyUnicode_InternFromString("_local_tensor");
-  if (spec_.is_none()) return grad;
   if (Py_TYPE(grad.ptr()) != type_ || !matches(attribute(grad, spec))) return {};
   return attribute(grad, memory);
 }

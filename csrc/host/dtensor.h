@@ -14,9 +14,12 @@ class Distribution {
   // The memory of a gradient on this rank; itself, if the parameter is a plain tensor. Null if it
   // is not a DTensor with the same mesh and placements. (torch sees to it that shapes are the
   // same.)
-  py::object memory_of(py::object grad) const;
+  py::object memory_of(py::object grad) const {
+    return spec_.is_none() ? grad : local_memory_of(grad);
+  }
 
  private:
+  py::object local_memory_of(const py::object& grad) const;
   bool matches(const py::object& spec) const;
 
   PyTypeObject* type_;

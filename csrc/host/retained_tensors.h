@@ -9,9 +9,11 @@ namespace fastremedy {
 
 struct RetainedTensors;
 
-// Whether parameters and state still lie where they lay when they were retained, and the
+int64_t num_retained(const RetainedTensors* tensors);
+
+// Whether tensors [begin, end) still lie where they lay when they were retained, and those that are
 // parameters have the same sizes and strides.
-bool is_in_place(const RetainedTensors* tensors);
+bool is_in_place(const RetainedTensors* tensors, int64_t begin, int64_t end);
 
 void release(RetainedTensors* tensors);
 

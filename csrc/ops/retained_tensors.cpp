@@ -10,54 +10,49 @@
 #include <vector>
 
 namespace fastremedy {
+// What is looked at in every step lies side by side.
+struct RetainedTensors {
+  struct Place {
+    AtenTensorHandle tensor;
+    const void* data;
+    int64_t layout;  // where it begins in `layouts`; -1 of state
+  };
+  std::vector<torch::stable::Tensor> owners;  // parameters, then state
+  std::vector<Place> places;                  // of the owners
+  std::vector<int64_t> layouts;               // number of dimensions, then size and stride of each
+};
+
 namespace {
 
-struct Retained {
-  Retained(torch::stable::Tensor kept) : tensor(std::move(kept)), data(tensor.data_ptr()) {
-    for (int64_t d = 0; d < tensor.dim(); ++d) {
-      layout.push_back(tensor.size(d));
-      layout.push_back(tensor.stride(d));
-    }
+// The handle is asked directly: the methods of stable::Tensor check an error code every time.
+bool has_layout(AtenTensorHandle tensor, const int64_t* layout) {
+  int64_t dim = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  aoti_torch_get_dim(tensor, &dim);
+  aoti_torch_get_sizes(tensor, &sizes);
+  aoti_torch_get_strides(tensor, &strides);
+  if (dim != *layout++) return false;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] != *layout++ || strides[d] != *layout++) return false;
   }
-
-  // The handle is asked directly: the methods of stable::Tensor check an error code every time.
-  bool has_its_data() const {
-    void* now = nullptr;
-    aoti_torch_get_data_ptr(tensor.get(), &now);
-    return now == data;
-  }
-
-  bool has_its_layout() const {
-    int64_t dim = 0;
-    int64_t *sizes = nullptr, *strides = nullptr;
-    aoti_torch_get_dim(tensor.get(), &dim);
-    aoti_torch_get_sizes(tensor.get(), &sizes);
-    aoti_torch_get_strides(tensor.get(), &strides);
-    if (static_cast<size_t>(2 * dim) != layout.size()) return false;
-    for (int64_t d = 0; d < dim; ++d) {
-      if (sizes[d] != layout[2 * d] || strides[d] != layout[2 * d + 1]) return false;
-    }
-    return true;
-  }
-
-  torch::stable::Tensor tensor;
-  void* data;
-  std::vector<int64_t> layout;  // size and stride of every dimension
-};
+  return true;
+}
 
 }  // namespace
 
-struct RetainedTensors {
-  std::vector<Retained> params;
-  std::vector<Retained> state;
-};
+int64_t num_retained(const RetainedTensors* retained) {
+  return static_cast<int64_t>(retained->places.size());
+}
 
-bool is_in_place(const RetainedTensors* retained) {
-  for (const Retained& param : retained->params) {
-    if (!param.has_its_data() || !param.has_its_layout()) return false;
-  }
-  for (const Retained& tensor : retained->state) {
-    if (!tensor.has_its_data()) return false;
+bool is_in_place(const RetainedTensors* retained, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const RetainedTensors::Place& place = retained->places[i];
+    void* data = nullptr;
+    aoti_torch_get_data_ptr(place.tensor, &data);
+    if (data != place.data) return false;
+    if (place.layout >= 0 && !has_layout(place.tensor, &retained->layouts[place.layout])) {
+      return false;
+    }
   }
   return true;
 }
@@ -69,8 +64,21 @@ namespace {
 int64_t retain_tensors(std::vector<torch::stable::Tensor> params,
                        std::vector<torch::stable::Tensor> state) {
   auto* retained = new RetainedTensors;
-  retained->params.assign(params.begin(), params.end());
-  retained->state.assign(state.begin(), state.end());
+  std::vector<int64_t>& layouts = retained->layouts;
+  for (const torch::stable::Tensor& param : params) {
+    retained->places.push_back(
+        {param.get(), param.data_ptr(), static_cast<int64_t>(layouts.size())});
+    layouts.push_back(param.dim());
+    for (int64_t d = 0; d < param.dim(); ++d) {
+      layouts.push_back(param.size(d));
+      layouts.push_back(param.stride(d));
+    }
+  }
+  for (const torch::stable::Tensor& tensor : state) {
+    retained->places.push_back({tensor.get(), tensor.data_ptr(), -1});
+  }
+  retained->owners = std::move(params);
+  retained->owners.insert(retained->owners.end(), state.begin(), state.end());
   return reinterpret_cast<int64_t>(retained);
 }
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -119,8 +120,8 @@ class NativeTable:
             param_groups=param_groups,
             state=state,
             retained=retained,
+            note_update=functools.partial(torch.autograd.graph.increment_version, columns.params),
         )
-        self._params = columns.params
         self._device = rows.device
         num_bytes = self._table.workspace_bytes()
         # Owned by the table, not shared: a captured graph keeps using it.
@@ -142,7 +143,7 @@ class NativeTable:
         if options.needs_norm:
             dtype = torch.float64 if table.has_float64_grad else torch.float32
             norm = torch.empty((), dtype=dtype, device=self._device)
-        skipped = table.step(
+        table.step(
             math.inf if options.max_norm is None else options.max_norm,
             options.norm_type,
             options.needs_norm,
@@ -156,8 +157,6 @@ class NativeTable:
             0 if update_stats is None else update_stats.data_ptr(),
             0 if self._workspace is None else self._workspace.data_ptr(),
         )
-        if not skipped:
-            torch.autograd.graph.increment_version(self._params)
         return Outcome(norm, None)
 
 
