@@ -131,12 +131,20 @@ void write_tensor_norms(const GradNormArgs& args) {
 
 std::vector<int32_t> make_ranges(const std::vector<Chunk>& chunks, const GradTensor* tensors) {
   constexpr int64_t kChunkCost = 64;  // starting a chunk costs about as much as 64 elements
+  const auto cost_of = [&](const Chunk& chunk) {
+    const int64_t begin = chunk.index * kChunkSize;
+    return std::min(kChunkSize, tensors[chunk.tensor].numel - begin) + kChunkCost;
+  };
+  int64_t total = 0;
+  for (const Chunk& chunk : chunks) total += cost_of(chunk);
+  // Long ranges, as far as there are enough to share out: within one, the hardware has fetched the
+  // beginning of the next chunk when it gets there. An update of 100 x 262144 takes 2 to 10 % less.
+  const int64_t range_cost = std::clamp(total / 128, kChunkSize, 16 * kChunkSize);
   std::vector<int32_t> begins{0};
   int64_t cost = 0;
   for (size_t i = 0; i < chunks.size(); ++i) {
-    const int64_t begin = chunks[i].index * kChunkSize;
-    cost += std::min(kChunkSize, tensors[chunks[i].tensor].numel - begin) + kChunkCost;
-    if (cost >= kChunkSize || i + 1 == chunks.size()) {
+    cost += cost_of(chunks[i]);
+    if (cost >= range_cost || i + 1 == chunks.size()) {
       begins.push_back(static_cast<int32_t>(i + 1));
       cost = 0;
     }
