@@ -18,7 +18,15 @@ def bench_step(device: torch.device, case: bench.Case, compare: Callable[..., No
     candidates = bench.adamw_candidates(case.params(device), case)
     if device.type == "cuda":
         candidates |= bench.graphed_candidates(candidates)
-    compare("adamw", case, candidates, device, bytes_per_element=ACCESSES * case.dtype.itemsize)
+    num_bytes = ACCESSES * case.dtype.itemsize
+    in_a_row = case.in_a_row
+    compare("adamw", case, candidates, device, bytes_per_element=num_bytes, in_a_row=in_a_row)
+
+
+def bench_step_with_cold_caches(device: torch.device, compare: Callable[..., None]) -> None:
+    case = bench.COLD_CASE
+    candidates = bench.adamw_candidates(case.params(device), case)
+    compare("adamw", case, candidates, device, note="the others step in between")
 
 
 def bench_step_after_backward(device: torch.device, compare: Callable[..., None]) -> None:

@@ -64,14 +64,15 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
         note: str = "",
         bytes_per_element: int | None = None,
         together: int = 1,
+        in_a_row: int = 1,
     ) -> None:
-        side = bench.SideBySide(candidates, device, prepare, together)
+        side = bench.SideBySide(candidates, device, prepare, together, in_a_row)
         rounds = request.config.getoption("rounds") or case.rounds
         benchmark.pedantic(
-            side.call,
+            side.take_turn,
             args=(bench.OURS,),
             setup=side.peers,
-            rounds=rounds * together,
+            rounds=-(-rounds * together // in_a_row),
             warmup_rounds=bench.WARM_UP,
         )
         benchmark.extra_info["record"] = {
