@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -75,3 +77,25 @@ def test_same_bits(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     for result, of_one in zip(run(), expected, strict=True):
         assert torch.equal(result, of_one)
+
+
+FORK = """
+import os, torch, fastremedy
+torch.set_num_threads(2)
+params = [torch.nn.Parameter(torch.ones(100)) for _ in range(600)]
+for param in params:
+    param.grad = torch.ones(100)
+optimizer = fastremedy.optim.AdamW(params, max_grad_norm=1.0)
+optimizer.step()
+child = os.fork()
+optimizer.step()
+if child == 0:
+    os._exit(int(optimizer.state[params[-1]]["step"]))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_child_of_a_fork_has_no_pool() -> None:
+    """It would wait for threads that only its parent has, as torch's large operators do."""
+    result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, timeout=60)
+    assert result.stdout == b"2\n", result.stderr

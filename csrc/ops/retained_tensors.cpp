@@ -10,6 +10,7 @@
 #include <vector>
 
 namespace fastremedy {
+
 // What is looked at in every step lies side by side.
 struct RetainedTensors {
   struct Place {
