@@ -7,6 +7,8 @@
 # ARGS='--epochs 20'               arguments for the demo, pytest, the benchmarks or the wheel
 # TORCH=torch==2.11.0              another torch than the CPU build below
 # SYSTEM=1 PYTHON=/path/to/python  the torch of that Python; nothing is installed over it
+# FASTREMEDY_CUDA_ARCHS='8.6;8.9'  what the CUDA kernels are built for in place, if neither for the
+#                                  GPU of this machine nor, without one, from 8.0 on
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +19,9 @@ JOBS ?= 2
 VENV := $(if $(SYSTEM),build/system$(subst /,-,$(PYTHON)),.venv)
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(if $(SYSTEM),system,$(subst =,,$(TORCH)))
-BUILT := $(VENV)/.built-$(FASTREMEDY_BUILD)-$(subst ;,_,$(subst +,_,$(FASTREMEDY_CUDA_ARCHS)))
+# The GPU of this machine, or those whose kernels tools/kernel_resources.py looks at.
+ARCHS := $(or $(FASTREMEDY_CUDA_ARCHS),$(if $(wildcard /dev/nvidiactl),native,8.0;9.0;10.0;12.0+PTX))
+BUILT := $(VENV)/.built-$(FASTREMEDY_BUILD)-$(subst ;,_,$(subst +,_,$(ARCHS)))
 SOURCES := $(wildcard csrc/core/* csrc/cpu/* csrc/cuda/* csrc/host/* csrc/ops/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -53,7 +57,7 @@ clean:
 $(BUILT): $(READY) setup.py $(SOURCES)
 	@echo "building the native library; build/native.log tells how"
 	@mkdir -p build && rm -f $(VENV)/.built-*
-	@$(PY) setup.py build_ext --inplace --force > build/native.log 2>&1 || { cat build/native.log; exit 1; }
+	@FASTREMEDY_CUDA_ARCHS='$(ARCHS)' $(PY) setup.py build_ext --inplace --force > build/native.log 2>&1 || { cat build/native.log; exit 1; }
 	@grep -h "no native library" build/native.log || true
 	@touch $@
 

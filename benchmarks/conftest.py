@@ -66,8 +66,9 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
         together: int = 1,
         in_a_row: int = 1,
     ) -> None:
-        side = bench.SideBySide(candidates, device, prepare, together, in_a_row)
         rounds = request.config.getoption("rounds") or case.rounds
+        in_a_row = min(in_a_row, rounds)
+        side = bench.SideBySide(candidates, device, prepare, together, in_a_row)
         benchmark.pedantic(
             side.take_turn,
             args=(bench.OURS,),

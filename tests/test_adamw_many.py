@@ -41,11 +41,11 @@ def double_moment(_: Tensor, state: dict[str, Tensor]) -> None:
     state["exp_avg"] = state["exp_avg"] * 2
 
 
-@pytest.mark.parametrize("which", [0, MANY // 2, MANY - 1])
+@pytest.mark.parametrize("which", [0, MANY - 1])
 @pytest.mark.parametrize(
     "exchange", [double_param, transpose_param, double_moment_in_place, double_moment]
 )
-@BACKENDS
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_one_tensor_exchanged(
     backend: str, exchange: Callable[[Tensor, dict[str, Tensor]], None], which: int
 ) -> None:

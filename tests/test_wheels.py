@@ -42,9 +42,16 @@ def build_wheel(folder: Path, *arguments: str) -> Path:
         shutil.copytree(ROOT / source, checkout / source, ignore=ignored)
     for file in packaging.FILES:
         shutil.copy(ROOT / file, checkout)
+    # What is in a wheel is asked here, not how fast it is: -O3 takes 61 s instead of 33.
+    compiler = folder / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
     command = [sys.executable, str(checkout / "tools" / "build_wheels.py"), *arguments]
     result = subprocess.run(
-        [*command, "--cpu", "--out", str(folder / "dist")], capture_output=True, text=True
+        [*command, "--cpu", "--out", str(folder / "dist")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CXX": str(compiler)},
     )
     assert result.returncode == 0, result.stdout + result.stderr
     (built,) = (folder / "dist").glob("*.whl")
