@@ -244,7 +244,7 @@ py::object add_output_of(const py::object& rows) {
   const auto release = [](PyObject* capsule) {
     Py_DECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule)));
   };
-  const py::capsule capsule(rows.cast<StatsRows*>(), +release);
+  const py::capsule capsule(rows.cast<StatsRows*>(), nullptr, +release);
   if (PyCapsule_SetContext(capsule.ptr(), py::object(rows).release().ptr()) != 0) {
     throw py::error_already_set();
   }
