@@ -284,14 +284,17 @@ void AdamWTable::step_on_cpu(AdamWArgs args) {
     update_partials_.resize(chunks_.size());
     args.update_partials = update_partials_.data();
   }
-  std::optional<py::gil_scoped_release> released(std::in_place);
-  cpu::adamw_prepare(args, ranges_);
-  released.reset();
+  {
+    const py::gil_scoped_release release;
+    cpu::adamw_prepare(args, ranges_);
+  }
   if (result.skip) return;
+  PyThreadState* released = nullptr;
   cpu::adamw_update(args, ranges_, [&] {
     note_update_();
-    released.emplace();
+    released = PyEval_SaveThread();
   });
+  if (released != nullptr) PyEval_RestoreThread(released);
 #endif
 }
 
