@@ -65,6 +65,99 @@ def test_one_tensor_exchanged(
     assert_like_torch(make_params([(2, 2)] * MANY), drive, lr=0.1)
 
 
+class Marked(Tensor):
+    """A gradient of a class of its own."""
+
+
+def sliced(grad: Tensor) -> Tensor:
+    return torch.stack([grad, grad], dim=-1)[..., 0]
+
+
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda grad: grad.t().contiguous().t(),
+    "sliced": sliced,
+    "expanded": lambda grad: grad[:1].expand(grad.shape),
+    "a subclass": lambda grad: grad.as_subclass(Marked),
+    "a parameter": torch.nn.Parameter,
+    "infinite": lambda grad: grad.clone().fill_(torch.inf),
+    "of one element": lambda grad: torch.complex(grad, grad).conj().imag,
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("which", [0, 63, 64, MANY - 1])
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_one_gradient_of_another_kind(backend: str, kind: str, which: int) -> None:
+    shapes = [(3, 3)] * MANY
+    if kind == "of one element":
+        shapes[which] = (1, 1)
+
+    def drive(optimizer: torch.optim.Optimizer) -> None:
+        params = params_of(optimizer)
+        for i in range(4):
+            give_grads(params)
+            if i % 2:
+                grad = params[which].grad
+                assert grad is not None
+                params[which].grad = GRADIENTS[kind](grad)
+            optimizer.step()
+
+    assert_like_torch(make_params(shapes), drive)
+
+
+@BACKENDS
+@pytest.mark.parametrize("which", [0, 63, 64, MANY - 1])
+def test_one_gradient_without_memory(backend: str, which: int) -> None:
+    params = make_params([(3, 3)] * MANY)
+    optimizer = fastremedy.optim.AdamW(params)
+    give_grads(params)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    params[which].grad = torch.ones(3, 3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    for param, value in zip(params, before, strict=True):
+        assert_same_bits(param.detach(), value)
+
+
+@BACKENDS
+@pytest.mark.parametrize("size", [2, 300])
+def test_norm_of_gradients_that_change(backend: str, size: int) -> None:
+    """The norm of a step is begun as the last step took it."""
+    params = make_params([(size, 2)] * MANY)
+    optimizer = fastremedy.optim.AdamW(params, max_grad_norm=1.0)
+    for norm_type in (2.0, 2.0, 1.0, float("inf"), 2.0, 2.0):
+        give_grads(params)
+        grad = params[7].grad
+        assert grad is not None
+        params[7].grad = sliced(1000 * grad)
+        params[8].grad = None
+        optimizer.norm_type = norm_type
+        optimizer.step()
+        expected = fastremedy.grad_norm(params, norm_type)
+        assert optimizer.grad_norm is not None
+        assert_same_bits(optimizer.grad_norm, expected)
+        optimizer.max_grad_norm = None
+        optimizer.step()
+        assert optimizer.grad_norm is None
+        optimizer.max_grad_norm = 1.0
+        optimizer.step()
+        assert_same_bits(optimizer.grad_norm, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_gradients_are_read_by_all_threads(backend: str) -> None:
+    """Which takes a place in torch's objects: if it is not found any more, steps are slower."""
+    params = make_params([(3,)] * MANY)
+    give_grads(params)
+    optimizer = fastremedy.optim.AdamW(params)
+    optimizer.step()
+    (_, table), *_ = optimizer._tables._tables
+    assert table._table.has_handles
+    for _ in range(20):
+        assert table.gather(optimizer.param_groups, optimizer.state) == []
+
+
 class Asks(torch.nn.Parameter):
     """A parameter whose gradient is what a function returns."""
 

@@ -321,8 +321,8 @@ void add_partials(const AdamWArgs& args) {
 
 }  // namespace
 
-void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges) {
-  grad_norm(args.norm, ranges);
+void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges, bool has_partials) {
+  grad_norm(args.norm, ranges, has_partials);
   if (args.norm.result->skip) {
     ++*args.num_skipped;
     return;

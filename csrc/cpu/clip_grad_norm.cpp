@@ -152,26 +152,30 @@ std::vector<int32_t> make_ranges(const std::vector<Chunk>& chunks, const GradTen
   return begins;
 }
 
-void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges) {
+void grad_norm_partials(const GradNormArgs& args, int32_t first, int32_t last) {
+  for (int32_t i = first; i < last; ++i) {
+    if (i + kFetchAhead < last) fetch_chunk(args, args.chunks[i + kFetchAhead]);
+    const GradTensor& grad = args.grads[args.chunks[i].tensor];
+    const int64_t begin = args.chunks[i].index * kChunkSize;
+    const int64_t end = std::min(begin + kChunkSize, grad.numel);
+    if (grad.data == nullptr) {
+      args.partials[i] = norm_identity(args.kind, args.options.norm_type);
+    } else if (grad.dtype == DType::kFloat64) {
+      args.partials[i] = chunk_norm<double>(args, grad, begin, end);
+    } else {
+      args.partials[i] = chunk_norm<float>(args, grad, begin, end);
+    }
+  }
+}
+
+void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges, bool has_partials) {
   const double norm_type = args.options.norm_type;
   double total = 0;
   if (args.kind != NormKind::kNone) {
-    const auto visit = [&](int32_t first, int32_t last) {
-      for (int32_t i = first; i < last; ++i) {
-        if (i + kFetchAhead < last) fetch_chunk(args, args.chunks[i + kFetchAhead]);
-        const GradTensor& grad = args.grads[args.chunks[i].tensor];
-        const int64_t begin = args.chunks[i].index * kChunkSize;
-        const int64_t end = std::min(begin + kChunkSize, grad.numel);
-        if (grad.data == nullptr) {
-          args.partials[i] = norm_identity(args.kind, norm_type);
-        } else if (grad.dtype == DType::kFloat64) {
-          args.partials[i] = chunk_norm<double>(args, grad, begin, end);
-        } else {
-          args.partials[i] = chunk_norm<float>(args, grad, begin, end);
-        }
-      }
-    };
-    parallel_over(ranges, false, visit);
+    if (!has_partials) {
+      parallel_over(ranges, false,
+                    [&](int32_t first, int32_t last) { grad_norm_partials(args, first, last); });
+    }
     total = norm_identity(args.kind, norm_type);
     for (int32_t i = 0; i < args.num_chunks; ++i) {
       total = norm_combine(args.kind, norm_type, total, args.partials[i]);

@@ -15,9 +15,12 @@ inline constexpr int64_t kChunkSize = 16384;
 // begins[i+1]).
 std::vector<int32_t> make_ranges(const std::vector<Chunk>& chunks, const GradTensor* tensors);
 
-void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges);
+// Writes partials [first, last) of grad_norm.
+void grad_norm_partials(const GradNormArgs& args, int32_t first, int32_t last);
+// `has_partials`: they have been written already.
+void grad_norm(const GradNormArgs& args, const std::vector<int32_t>& ranges, bool has_partials);
 void scale_grads(const GradNormArgs& args, const std::vector<int32_t>& ranges);
-void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges);
+void adamw_prepare(const AdamWArgs& args, const std::vector<int32_t>& ranges, bool has_partials);
 // Unless the step is skipped. The calling thread begins with meanwhile().
 void adamw_update(const AdamWArgs& args, const std::vector<int32_t>& ranges,
                   const std::function<void()>& meanwhile);

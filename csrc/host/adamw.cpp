@@ -2,8 +2,6 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,11 +13,6 @@
 
 namespace fastremedy::host {
 namespace {
-
-PyObject* params_name() {
-  static PyObject* const name = PyUnicode_InternFromString("params");
-  return name;
-}
 
 void* data_or_null(const py::object& tensor, const char* name) {
   return tensor.is_none() ? nullptr : data_of(require_tensor(tensor, name));
@@ -72,7 +65,7 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
     stateless_.push_back(py::reinterpret_borrow<py::object>(param));
   }
   for (const py::handle handle : param_groups) {
-    Group group{handle[params_name()], {}, {}};
+    Group group{handle["params"], {}, {}};
     for (const py::handle param : group.params) {
       group.members.push_back(py::reinterpret_borrow<py::object>(param));
     }
@@ -100,6 +93,7 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
       chunks_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(c)});
     }
   }
+  prepare_gather();
 #ifndef FASTREMEDY_EMULATION
   if (!is_cuda(device_)) {
     ranges_ = cpu::make_ranges(chunks_, grads_.data());
@@ -115,114 +109,13 @@ AdamWTable::~AdamWTable() {
 #endif
 }
 
-bool AdamWTable::groups_match(const py::list& param_groups) {
-  if (param_groups.size() != groups_.size()) return false;
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    PyObject* group = PyList_GET_ITEM(param_groups.ptr(), g);
-    if (PyDict_GetItemWithError(group, params_name()) != groups_[g].params.ptr()) return false;
-    PyObject* params = groups_[g].params.ptr();
-    const std::vector<py::object>& members = groups_[g].members;
-    const py::object sequence = py::reinterpret_steal<py::object>(
-        PySequence_Fast(params, "params must be a list of parameters"));
-    if (!sequence) throw py::error_already_set();
-    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence.ptr())) != members.size()) {
-      return false;
-    }
-    PyObject* const* items = PySequence_Fast_ITEMS(sequence.ptr());
-    for (size_t i = 0; i < members.size(); ++i) {
-      if (items[i] != members[i].ptr()) return false;
-    }
-    if (!groups_[g].hypers.read(py::reinterpret_borrow<py::dict>(group), device_, &hypers_[g])) {
-      return false;
-    }
-  }
-  return true;
-}
-
-bool AdamWTable::state_matches(const py::dict& state) {
-  return state.is(state_.dict()) && state_.is_unchanged() &&
-         std::all_of(states_.begin(), states_.end(),
-                     [](KnownDict& values) { return values.is_unchanged(); });
-}
-
-template <class Meanwhile>
-bool AdamWTable::tensors_are_in_place(const Meanwhile& meanwhile) const {
-#ifdef FASTREMEDY_EMULATION
-  meanwhile();
-  for (size_t i = 0; i < rows_.size(); ++i) {  // without torch, DLPack has to tell
-    const DLTensor param = require_tensor(keepalive_[i * kNumColumns], "param");
-    if (data_of(param) != tensors_[i].param || !rows_[i].layout.matches(param)) return false;
-    const DLTensor exp_avg = require_tensor(keepalive_[i * kNumColumns + 1], "exp_avg");
-    if (data_of(exp_avg) != tensors_[i].exp_avg) return false;
-    const DLTensor step = require_tensor(keepalive_[i * kNumColumns + 5], "step");
-    if (data_of(step) != tensors_[i].step) return false;
-  }
-  return true;
-#else
-  constexpr int64_t kPart = 256;
-  const int64_t count = retained_ == nullptr ? 0 : num_retained(retained_);
-  std::atomic<bool> are_in_place{true};
-  cpu::parallel_for((count + kPart - 1) / kPart, false, is_cuda(device_) || count <= 4 * kPart,
-                    [&](int64_t part) {
-                      const int64_t begin = part * kPart, end = std::min(begin + kPart, count);
-                      if (!is_in_place(retained_, begin, end)) are_in_place = false;
-                    },
-                    meanwhile);
-  return are_in_place;
-#endif
-}
-
-// False if the kernels cannot take the gradient as it is.
-bool AdamWTable::read_grad(PyObject* grad, size_t row) {
-  DLTensor view;
-  DType dtype;
-  if (!read_tensor(grad, &view) || !dtype_of(view, &dtype)) return false;
-  const bool is_double = tensors_[row].param_dtype == DType::kFloat64;
-  if (!same_device(view.device, device_) || is_double != (dtype == DType::kFloat64) ||
-      !rows_[row].layout.matches(view) || is_negated(grad, tensors_[row].numel)) {
-    return false;
-  }
-  // Null means that there is no gradient; an empty one has to have some other address.
-  grads_[row].data = grads_[row].numel == 0 ? tensors_[row].step : data_of(view);
-  grads_[row].dtype = dtype;
-  ++num_grads_;
-  has_float64_grad_ |= is_double;
-  return true;
-}
-
-std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_groups,
-                                                       const py::dict& state) {
-  if (!groups_match(param_groups) || !state_matches(state)) return std::nullopt;
-  for (const py::object& param : stateless_) {
-    if (!grad_of(param.ptr()).is_none()) return std::nullopt;
-  }
-  std::vector<int64_t> unread;
-  if (!tensors_are_in_place([&] { unread = read_grads(); })) return std::nullopt;
-  return unread;
-}
-
-std::vector<int64_t> AdamWTable::read_grads() {
-  num_grads_ = 0;
-  has_float64_grad_ = false;
-  std::vector<int64_t> unread;
-  for (size_t i = 0; i < rows_.size(); ++i) {
-    py::object& grad = grad_owners_[i];
-    grads_[i].data = nullptr;
-    grad = grad_of(rows_[i].owner.ptr());
-    if (grad.is_none()) continue;
-    grad = rows_[i].distribution.memory_of(std::move(grad));
-    if (rows_[i].is_indirect || !grad || !read_grad(grad.ptr(), i)) {
-      unread.push_back(static_cast<int64_t>(i));
-    }
-  }
-  return unread;
-}
-
 void AdamWTable::set_grad(int64_t row, py::object grad) {
   if (!read_grad(grad.ptr(), row)) {
     throw py::value_error("gradient of row " + std::to_string(row) +
                           " must have the parameter's device, dtype, shape and strides");
   }
+  count_grad(row);
+  has_partials_ = false;
   grad_owners_[row] = std::move(grad);
 }
 
@@ -286,7 +179,9 @@ void AdamWTable::step_on_cpu(AdamWArgs args) {
   }
   {
     const py::gil_scoped_release release;
-    cpu::adamw_prepare(args, ranges_);
+    const Norm norm{args.norm.kind, args.norm.options.norm_type};
+    cpu::adamw_prepare(args, ranges_, has_partials_ && norm == last_norm_);
+    last_norm_ = norm;
   }
   if (result.skip) return;
   PyThreadState* released = nullptr;
@@ -320,6 +215,7 @@ void bind_adamw(py::module_& module) {
       .def("grads", &AdamWTable::grads)
       .def_property_readonly("num_grads", &AdamWTable::num_grads)
       .def_property_readonly("has_float64_grad", &AdamWTable::has_float64_grad)
+      .def_property_readonly("has_handles", &AdamWTable::has_handles)
       .def("workspace_bytes", &AdamWTable::workspace_bytes)
       .def(
           "step",

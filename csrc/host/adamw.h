@@ -4,6 +4,7 @@
 // step reads .grad of every parameter, checks that nothing else has changed, and launches.
 #pragma once
 
+#include <atomic>
 #include <optional>
 
 #include "../core/arguments.h"
@@ -50,6 +51,8 @@ class AdamWTable {
 
   size_t num_grads() const { return num_grads_; }
   bool has_float64_grad() const { return has_float64_grad_; }
+  // Whether gradients are read through the stable ABI, by any thread.
+  bool has_handles() const { return handle_offset_ != 0; }
   size_t workspace_bytes() const;
 
   struct Step {
@@ -85,13 +88,28 @@ class AdamWTable {
 
   bool groups_match(const py::list& param_groups);
   bool state_matches(const py::dict& state);
-  // False if a parameter or a state tensor has got other memory, or a parameter another layout.
-  // Calls meanwhile() on this thread, while others look.
-  template <class Meanwhile>
-  bool tensors_are_in_place(const Meanwhile& meanwhile) const;
-  // Returns the rows whose gradient the kernels cannot take as it is.
-  std::vector<int64_t> read_grads();
+  void prepare_gather();
+  // Asks for all gradients and reads them. False if a parameter or a state tensor has got other
+  // memory, or a parameter another layout.
+  bool look_at_tensors();
+  void ask_for_grads();
+
+  // What is known of a gradient so far.
+  enum class Lookup : uint8_t {
+    kDone,     // it is read, or there is none
+    kPending,  // any thread may read it
+    kFailed    // the kernels cannot take it as it is
+  };
+  Lookup look_up(PyObject* grad, size_t row);
+  // Waits until rows [begin, end) have been asked for, and reads those that are pending.
+  void read_pending(int64_t begin, int64_t end);
+  void start_norm(int64_t begin, int64_t end);
   bool read_grad(PyObject* grad, size_t row);
+  bool take_grad(void* data, DType dtype, size_t row);
+  void count_grad(size_t row);
+  const void* handle_of(PyObject* tensor) const;
+  void fetch_tensor(PyObject* tensor) const;
+
   AdamWArgs arguments(const Step& step);
   void step_on_cpu(AdamWArgs args);
   void step_on_cuda(AdamWArgs args, uintptr_t workspace);
@@ -106,6 +124,7 @@ class AdamWTable {
   std::vector<py::object> keepalive_;  // kNumColumns tensors a row, from params to steps
   py::function note_update_;
   RetainedTensors* retained_;
+  size_t handle_offset_ = 0;  // of find_handle
 
   std::vector<AdamWTensor> tensors_;
   std::vector<Chunk> chunks_;
@@ -113,9 +132,21 @@ class AdamWTable {
   std::vector<AdamWHyper> hypers_;
   std::vector<GradTensor> grads_;
   std::vector<py::object> grad_owners_;
+  std::vector<Lookup> lookups_;        // of this step's gradients
+  std::atomic<int64_t> num_asked_{0};  // rows whose owner and lookup are known
   size_t num_grads_ = 0;
   bool has_float64_grad_ = false;
 
+  struct Norm {
+    NormKind kind;
+    double norm_type;
+    bool operator==(const Norm& other) const {
+      return kind == other.kind && norm_type == other.norm_type;
+    }
+  };
+  bool may_start_norm_ = false;               // CPU: a row is a chunk, and there is little to read
+  bool has_partials_ = false;                 // CPU: those of last_norm_, from these gradients
+  Norm last_norm_{NormKind::kNone, 2.0};      // CPU: what the last step took
   std::vector<double> partials_;              // CPU
   std::vector<UpdateStats> update_partials_;  // CPU
   std::vector<AdamWCorrection> corrections_;  // CPU

@@ -119,7 +119,7 @@ bool GradList::clip_on_cpu(GradNormArgs args) {
   args.num_chunks = static_cast<int32_t>(chunks_.size());
   args.partials = partials.data();
   args.result = &result;
-  cpu::grad_norm(args, ranges);
+  cpu::grad_norm(args, ranges, false);
   cpu::scale_grads(args, ranges);
   return result.is_clipped != 0;
 #endif

@@ -61,8 +61,9 @@ bool has_minus_sign(PyObject* tensor);
 
 // The same where it is asked of a thousand tensors. torch gives the sign to imaginary parts: views
 // with stride 2, dense only if there is one element. Others are not asked.
+inline bool can_be_negated(int64_t numel) { return numel == 1; }
 inline bool is_negated(PyObject* tensor, int64_t numel) {
-  return numel == 1 && has_minus_sign(tensor);
+  return can_be_negated(numel) && has_minus_sign(tensor);
 }
 
 // torch's own getter of Tensor.grad. Calling it directly saves the attribute look-up, a fifth of
