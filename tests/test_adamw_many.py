@@ -146,6 +146,30 @@ def test_norm_of_gradients_that_change(backend: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_with_the_pool_or_alone(backend: str) -> None:
+    """Which way is quicker is tried in the first steps."""
+    params = make_params([(5,)] * MANY)
+    shared = fastremedy.optim.AdamW(params, max_grad_norm=1.0)
+    others = copy_params(params)
+    alone = fastremedy.optim.AdamW(others, max_grad_norm=1.0)
+    ways = set()
+    for _ in range(20):
+        give_grads(params)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad
+        shared.step()
+        (_, table), *_ = shared._tables._tables
+        ways.add(table._table.is_alone)
+        torch.set_num_threads(1)
+        alone.step()
+        torch.set_num_threads(3)
+        for param, other in zip(params, others, strict=True):
+            assert_same_bits(param.detach(), other.detach())
+            assert param._version == other._version
+    assert ways == {False, True}
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_gradients_are_read_by_all_threads(backend: str) -> None:
     """Which takes a place in torch's objects: if it is not found any more, steps are slower."""
     params = make_params([(3,)] * MANY)

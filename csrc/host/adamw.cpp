@@ -97,6 +97,7 @@ AdamWTable::AdamWTable(const AdamWColumns& columns, const py::list& stateless,
 #ifndef FASTREMEDY_EMULATION
   if (!is_cuda(device_)) {
     ranges_ = cpu::make_ranges(chunks_, grads_.data());
+    whole_ = {0, static_cast<int32_t>(chunks_.size())};
     partials_.resize(chunks_.size());
     corrections_.resize(count);
   }
@@ -177,19 +178,22 @@ void AdamWTable::step_on_cpu(AdamWArgs args) {
     update_partials_.resize(chunks_.size());
     args.update_partials = update_partials_.data();
   }
+  const Clock clock;
+  const std::vector<int32_t>& ranges = is_alone_ ? whole_ : ranges_;
   {
     const py::gil_scoped_release release;
     const Norm norm{args.norm.kind, args.norm.options.norm_type};
-    cpu::adamw_prepare(args, ranges_, has_partials_ && norm == last_norm_);
+    cpu::adamw_prepare(args, ranges, has_partials_ && norm == last_norm_);
     last_norm_ = norm;
   }
   if (result.skip) return;
   PyThreadState* released = nullptr;
-  cpu::adamw_update(args, ranges_, [&] {
+  cpu::adamw_update(args, ranges, [&] {
     note_update_();
     released = PyEval_SaveThread();
   });
   if (released != nullptr) PyEval_RestoreThread(released);
+  if (is_small_) way_.note(gather_seconds_ + clock.seconds());
 #endif
 }
 
@@ -215,6 +219,7 @@ void bind_adamw(py::module_& module) {
       .def("grads", &AdamWTable::grads)
       .def_property_readonly("num_grads", &AdamWTable::num_grads)
       .def_property_readonly("has_float64_grad", &AdamWTable::has_float64_grad)
+      .def_property_readonly("is_alone", &AdamWTable::is_alone)
       .def_property_readonly("has_handles", &AdamWTable::has_handles)
       .def("workspace_bytes", &AdamWTable::workspace_bytes)
       .def(

@@ -22,8 +22,8 @@ constexpr int64_t kTensorsPerPart = 256;
 constexpr int64_t kRowsPerPart = 64;
 constexpr size_t kFetchAhead = 6;
 
-// Elements of which the norm begins under the GIL: in less than 0.1 ms.
-constexpr int64_t kMostStarted = 1 << 20;
+// Elements that a thread reads in less than 0.1 ms: so long the GIL may be held.
+constexpr int64_t kSmall = 1 << 20;
 
 PyObject* params_name() {
   static PyObject* const name = PyUnicode_InternFromString("params");
@@ -90,6 +90,8 @@ bool AdamWTable::take_grad(void* data, DType dtype, size_t row) {
 
 std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_groups,
                                                        const py::dict& state) {
+  const Clock clock;
+  is_alone_ = is_small_ && way_.is_second();
   if (!groups_match(param_groups) || !state_matches(state)) return std::nullopt;
   for (const py::object& param : stateless_) {
     if (!grad_of(param.ptr()).is_none()) return std::nullopt;
@@ -102,6 +104,7 @@ std::optional<std::vector<int64_t>> AdamWTable::gather(const py::list& param_gro
     if (lookups_[i] != Lookup::kDone) unread.push_back(static_cast<int64_t>(i));
     count_grad(i);
   }
+  gather_seconds_ = clock.seconds();
   return unread;
 }
 
@@ -162,12 +165,12 @@ void AdamWTable::prepare_gather() {
     handle_offset_ = find_handle(retained_, params, tensor_type()->tp_basicsize);
   }
   int64_t numel = 0;
-  may_start_norm_ = !is_cuda(device_) && chunks_.size() == rows_.size();
+  is_small_ = !is_cuda(device_) && chunks_.size() == rows_.size();
   for (const AdamWTensor& tensor : tensors_) {
-    may_start_norm_ &= num_chunks(tensor.numel, cpu::kChunkSize) == 1;
+    is_small_ &= num_chunks(tensor.numel, cpu::kChunkSize) == 1;
     numel += tensor.numel;
   }
-  may_start_norm_ &= numel <= kMostStarted;
+  is_small_ &= numel <= kSmall;
 }
 
 const void* AdamWTable::handle_of(PyObject* tensor) const {
@@ -189,8 +192,8 @@ bool AdamWTable::look_at_tensors() {
   const auto num_rows = static_cast<int64_t>(rows_.size());
   const int64_t num_row_parts =
       handle_offset_ == 0 ? 0 : (num_rows + kRowsPerPart - 1) / kRowsPerPart;
-  const bool is_serial = is_cuda(device_) || num_places <= 4 * kTensorsPerPart;
-  const bool starts_norm = may_start_norm_ && num_row_parts > 0 && !is_serial;
+  const bool is_serial = is_cuda(device_) || is_alone_ || num_places <= 4 * kTensorsPerPart;
+  const bool starts_norm = is_small_ && num_row_parts > 0 && !is_serial;
   std::fill(lookups_.begin(), lookups_.end(), Lookup::kDone);
   num_asked_.store(0, std::memory_order_relaxed);
   std::atomic<bool> are_in_place{true};
