@@ -23,7 +23,8 @@
 
 #ifdef FASTREMEDY_EMULATION_THREADS
 #include <pthread.h>
-#else
+#include <semaphore.h>
+#elif !defined(__x86_64__)
 #include <ucontext.h>
 #endif
 
@@ -168,18 +169,93 @@ using Body = std::function<void()>;
 
 #ifdef FASTREMEDY_EMULATION_THREADS
 
-inline void run_threads(std::vector<Thread>& threads, const Body& body) {
-  std::vector<std::thread> running;
-  for (Thread& thread : threads) {
-    running.emplace_back([&thread, &body] {
-      current_thread() = &thread;
-      body();
-    });
+// A thread of the system, for one thread of each launch: to start one takes as long as a kernel.
+class Worker {
+ public:
+  Worker() {
+    sem_init(&has_work_, 0, 0);
+    sem_init(&is_done_, 0, 0);
+    std::thread([this] { work(); }).detach();
   }
-  for (std::thread& thread : running) thread.join();
+
+  void run(Thread& thread, const Body& body) {
+    thread_ = &thread;
+    body_ = &body;
+    sem_post(&has_work_);
+  }
+  void join() { wait(is_done_); }
+
+ private:
+  [[noreturn]] void work() {
+    while (true) {
+      wait(has_work_);
+      current_thread() = thread_;
+      (*body_)();
+      sem_post(&is_done_);
+    }
+  }
+
+  static void wait(sem_t& semaphore) {
+    while (sem_wait(&semaphore) != 0) {  // a signal came
+    }
+  }
+
+  sem_t has_work_, is_done_;
+  Thread* thread_;
+  const Body* body_;
+};
+
+inline void run_threads(std::vector<Thread>& threads, const Body& body) {
+  static auto& workers = *new std::deque<Worker>;  // which wait for work until the process ends
+  while (workers.size() < threads.size()) workers.emplace_back();
+  for (size_t i = 0; i < threads.size(); ++i) workers[i].run(threads[i], body);
+  for (size_t i = 0; i < threads.size(); ++i) workers[i].join();
 }
 
 #else
+
+// Where a thread goes on, with a stack of its own. The contexts of the system keep a mask of
+// signals, too, for which each switch takes two system calls: most of the time of a barrier.
+#ifdef __x86_64__
+
+class Context {
+ public:
+  void start(char* stack, size_t bytes, void (*body)()) {
+    // What `go` takes from the stack: six registers and the address to return to, after which the
+    // top is 8 bytes off a multiple of 16, as behind a call.
+    void** const end = reinterpret_cast<void**>(stack + bytes);
+    end[-2] = reinterpret_cast<void*>(body);
+    end[-1] = nullptr;  // a backtrace of the body ends here
+    top_ = end - 8;
+  }
+  void go_to(Context& other) { go(&top_, other.top_); }
+
+ private:
+  [[gnu::naked, gnu::noinline]] static void go(void**, void*) {
+    asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi)\n"
+        "mov %rsi, %rsp; pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
+  }
+
+  void* top_ = nullptr;
+};
+
+#else
+
+class Context {
+ public:
+  void start(char* stack, size_t bytes, void (*body)()) {
+    getcontext(&context_);
+    context_.uc_stack.ss_sp = stack;
+    context_.uc_stack.ss_size = bytes;
+    makecontext(&context_, body, 0);
+  }
+  void go_to(Context& other) { swapcontext(&context_, &other.context_); }
+
+ private:
+  ucontext_t context_;
+};
+
+#endif
 
 class Scheduler {
  public:
@@ -201,7 +277,7 @@ class Scheduler {
         if (running_->is_done) continue;
         if (running_->barrier && !running_->barrier->is_past(running_->generation)) continue;
         current_thread() = running_->thread;
-        swapcontext(&main_, &running_->context);
+        main_.go_to(running_->context);
         num_done += running_->is_done;
         is_stuck = false;
       }
@@ -213,7 +289,7 @@ class Scheduler {
   void wait(const Barrier* barrier, unsigned generation) {
     running_->barrier = barrier;
     running_->generation = generation;
-    swapcontext(&running_->context, &main_);
+    running_->context.go_to(main_);
     running_->barrier = nullptr;
   }
 
@@ -226,7 +302,7 @@ class Scheduler {
   static constexpr size_t kStackBytes = 64 << 10;  // of a fiber
 
   struct Fiber {
-    ucontext_t context;
+    Context context;
     Thread* thread;
     const Barrier* barrier;
     unsigned generation;
@@ -238,23 +314,17 @@ class Scheduler {
     fiber.thread = &thread;
     fiber.barrier = nullptr;
     fiber.is_done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks_.get() + i * kStackBytes;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &main_;
-    makecontext(
-        &fiber.context,
-        [] {
-          Scheduler& scheduler = instance();
-          (*scheduler.body_)();
-          scheduler.running_->is_done = true;
-        },
-        0);
+    fiber.context.start(stacks_.get() + i * kStackBytes, kStackBytes, [] {
+      Scheduler& scheduler = instance();
+      (*scheduler.body_)();
+      scheduler.running_->is_done = true;
+      scheduler.running_->context.go_to(scheduler.main_);  // for good
+    });
   }
 
   const Body* body_ = nullptr;
   Fiber* running_ = nullptr;
-  ucontext_t main_;
+  Context main_;
   std::vector<Fiber> fibers_;
   std::unique_ptr<char[]> stacks_;
   size_t num_stacks_ = 0;
